@@ -1,0 +1,9 @@
+"""Functional operations on packed rows. Each file holds one op: its mathematics, its backends and its gradient."""
+
+from .attention_mapping import attention_mapping
+from .cosine_fusion import cosine_fusion
+from .dialogue_attention import dialogue_attention
+from .dropout import keep_mask
+from .tensor_ring import tensor_ring
+
+__all__ = ["attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "tensor_ring"]
