@@ -1,0 +1,179 @@
+"""Ada2I on packed rows."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .balance import disparity_ratio, modulation_coefficients
+from .batch import Ada2IOutput, DialogueBatch
+from .config import Ada2IConfig
+from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
+
+__all__ = ["Ada2I"]
+
+
+class _Net(nn.Module):
+    """The parameters under the released names, created in the released order: a seed gives the released initial weights."""
+
+    def __init__(self, config: Ada2IConfig, backend: str) -> None:
+        super().__init__()
+        count = len(config.modalities)
+        self.encoder = nn.ModuleDict()
+        self.mmt = FeatureWeighting(
+            [config.hidden_dim] * count, config.tensor_rank, config.afw_layers, config.beta, config.dropout,
+            scale=config.theta_scale, ring=config.ring, feature_target=config.feature_target,
+            feature_reduction=config.feature_reduction, backend=backend) if config.afw else None
+        self.fc_out = ModalityWeighting(
+            config.hidden_dim, count, config.num_classes, bias=config.cosine_bias or not config.amw, amw=config.amw,
+            cosine_norm=config.cosine_norm, scale=config.cosine_scale, score_from=config.score_from)
+        for m in config.modalities:
+            width = config.input_widths[m]
+            if config.encoder == "lstm":
+                self.encoder[m] = LSTMEncoder(width, config.hidden_dim, config.encoder_layers, config.dropout)
+            else:
+                self.encoder[m] = TransformerEncoder(width, config.hidden_dim, config.heads(m), config.encoder_layers,
+                                                     config.feedforward_dim, config.dropout)
+        if config.head == "mlp":
+            inner = config.head_expansion * config.num_classes
+            self.head = nn.Sequential(nn.Linear(config.num_classes, inner), nn.ReLU(), nn.Linear(inner, config.num_classes))
+
+    def get_encoder_params(self) -> dict[str, list[nn.Parameter]]:
+        """{modality: parameters of its encoder}: those that modulation touches."""
+        return {m: list(encoder.parameters()) for m, encoder in self.encoder.items()}
+
+
+class Ada2I(nn.Module):
+    """Ada2I: multimodal emotion recognition in conversations with balanced modalities (ACM MM 2024, arXiv 2408.12895).
+
+    Two doors:
+
+        model = Ada2I(Ada2IConfig.published("iemocap"))
+        out = model(batch)                                      # DialogueBatch -> Ada2IOutput
+        out.loss.backward()
+
+        model = Ada2I(args)                                     # the released script's argparse Namespace
+        log_prob, feature_loss, unimodal, ratio = model(data)   # the released batch dictionary
+        model.apply_modulation(ratio)
+
+    config: an `Ada2IConfig`, or the released Namespace (released semantics).  backend: which implementation serves AFW,
+    "auto" | "torch" | "cpu" | "triton" | "cuda".  The state_dict has the released names; the published head adds `net.head`.
+    """
+
+    def __init__(self, config: Ada2IConfig | Namespace, *, backend: str = "auto") -> None:
+        super().__init__()
+        if isinstance(config, Namespace):
+            self.args = config
+            config = Ada2IConfig.from_namespace(config)
+        if not isinstance(config, Ada2IConfig):
+            raise TypeError(f"config: expected an Ada2IConfig or the released argparse.Namespace, got {type(config).__name__}")
+        self.config = config
+        self.net = _Net(config, backend)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, data: DialogueBatch | Mapping[str, Any]) -> Ada2IOutput | tuple:
+        """A `DialogueBatch`, or the released dictionary {"tensor": {m: [B, T, d_m]}, "length": [B], "label_tensor": [N]}.
+
+        Returns an `Ada2IOutput`; for a dictionary the released four values, feature_loss of shape [1].
+        Raises ValueError where the batch does not fit the configuration.
+        """
+        if isinstance(data, Mapping):
+            out = self._run(self._from_released(data))
+            return out.log_prob, out.feature_loss.reshape(1), out.unimodal_log_prob, out.ratio
+        return self._run(data)
+
+    def _from_released(self, data: Mapping[str, Any]) -> DialogueBatch:
+        for key in ("tensor", "length"):
+            if key not in data:
+                raise ValueError(f"data: expected the keys 'tensor', 'length' and 'label_tensor', {key!r} is missing")
+        missing = [m for m in self.config.modalities if m not in data["tensor"]]
+        if missing:
+            raise ValueError(f"data['tensor']: expected modality {missing[0]!r}, got {', '.join(data['tensor'])}")
+        tensors = {m: data["tensor"][m] for m in self.config.modalities}
+        return DialogueBatch.from_padded(tensors, data["length"], data.get("label_tensor"))
+
+    def _run(self, batch: DialogueBatch) -> Ada2IOutput:
+        config, net = self.config, self.net
+        features = self._checked(batch)
+        labels = batch.labels
+        real = None
+        if config.padding == "attended" and min(batch.lengths, default=0) != batch.max_length:
+            padded, real = DialogueBatch(features, batch.offsets, None, batch.lengths).padded()
+            if config.encoder == "transformer":
+                features = padded.features
+            offsets, lengths = padded.offsets, padded.lengths
+        else:
+            offsets, lengths = batch.offsets, batch.lengths
+
+        z = []
+        for m in config.modalities:
+            if config.encoder == "lstm":                    # the released biLSTM sees real rows only, and pads with zeros
+                z_m = net.encoder[m](features[m], batch.lengths)
+                if real is not None:
+                    z_m = z_m.new_zeros(sum(lengths), z_m.shape[1]).index_copy(0, real, z_m)
+            else:
+                z_m = net.encoder[m](features[m], lengths)
+            z.append(z_m)
+
+        feature_loss = z[0].new_zeros(())
+        if net.mmt is not None:
+            z, feature_loss = net.mmt(z, offsets)
+        if real is not None:
+            z = [z_m.index_select(0, real) for z_m in z]
+        joint, unimodal, scores = net.fc_out(z, labels)
+        logits = joint if config.head == "none" else net.head(joint)
+        log_prob = F.log_softmax(logits, dim=1)
+
+        ratio = loss = None
+        if labels is not None:
+            ratio = disparity_ratio(scores, config.modalities)
+            loss = F.nll_loss(log_prob, labels) + feature_loss
+            if config.head != "none":
+                loss = loss + F.cross_entropy(joint, labels)
+        return Ada2IOutput(log_prob, feature_loss, dict(zip(config.modalities, unimodal.unbind())), ratio, loss)
+
+    def _checked(self, batch: DialogueBatch) -> dict[str, Tensor]:
+        """The features that the model uses, in its order; shapes are checked, values are the corpus' affair."""
+        if not isinstance(batch, DialogueBatch):
+            raise TypeError(f"data: expected a DialogueBatch or the released dictionary, got {type(batch).__name__}")
+        features = {}
+        for m in self.config.modalities:
+            if m not in batch.features:
+                raise ValueError(f"batch: expected modality {m!r}, got {', '.join(batch.features)}")
+            features[m] = batch.features[m]
+            if features[m].shape[1] != self.config.input_widths[m]:
+                raise ValueError(f"batch.features[{m!r}]: expected width {self.config.input_widths[m]}, got {features[m].shape[1]}")
+        if batch.num_utterances == 0:
+            raise ValueError("batch: expected at least one utterance, got none")
+        return features
+
+    # -- the released door -------------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> str | tuple[str, ...]:
+        return self.config.modalities
+
+    @torch.no_grad()
+    def apply_modulation(self, ratio: Mapping[str, Tensor]) -> None:
+        """Edits the encoders' `.grad` as the released code does: g <- k_m g, then with noise g <- g + N(0, std(g) + 1e-8).
+
+        ratio: {modality: rho_m} as returned by forward. `BalancedAdam` does this, and more, in its step.
+        """
+        coefficients = modulation_coefficients(ratio, self.config.alpha)
+        for m, parameters in self.net.get_encoder_params().items():
+            for p in parameters:
+                if p.grad is None:
+                    continue
+                p.grad = p.grad * coefficients[m]
+                if self.config.noise == "gradient":
+                    p.grad += torch.randn_like(p.grad) * (_std(p.grad) + 1e-8)
+
+
+def _std(g: Tensor) -> Tensor:
+    """Unbiased standard deviation; 0 for a single element, where torch gives NaN."""
+    return g.std(correction=min(1, g.numel() - 1))

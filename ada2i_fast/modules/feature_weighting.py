@@ -1,0 +1,119 @@
+"""Adaptive feature weighting (AFW, eqs. 4 to 7 and 12) on packed rows."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention_mapping, tensor_ring
+
+__all__ = ["FeatureWeighting"]
+
+
+class _Linear(nn.Module):
+    """Holds a linear map one level down, as `.lin`, where the released checkpoints keep it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(inputs, outputs)
+
+
+class _TensorRing(nn.Module):
+    """Parameters of the tensor-ring attention: per modality four projections D -> R and a map R^2 -> D."""
+
+    def __init__(self, widths: Sequence[int], rank: int) -> None:
+        super().__init__()
+        self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2 = (
+            nn.ModuleList(_Linear(width, rank) for width in widths) for _ in range(4))
+        self.lin_att = nn.ModuleList(_Linear(rank * rank, width) for width in widths)
+
+    def projections(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights [4R, D] and biases [4R] of q1, q2, k1, k2, stacked, per modality."""
+        maps = [[trans.lin for trans in each] for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2)]
+        return [torch.cat([lin.weight for lin in each]) for each in maps], [torch.cat([lin.bias for lin in each]) for each in maps]
+
+
+class _AttentionMapping(nn.Module):
+    """Parameters of Phi: one linear map D -> D per modality."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.fc = nn.ModuleList(nn.Linear(width, width) for width in widths)
+
+
+class _Layer(nn.Module):
+    def __init__(self, widths: Sequence[int], rank: int) -> None:
+        super().__init__()
+        self.attention = _TensorRing(widths, rank)
+        self.wmn = _AttentionMapping(widths)
+
+
+class FeatureWeighting(nn.Module):
+    """AFW: M modalities reweigh each other's features through a tensor ring, layer by layer.
+
+        out_m = dropout(Att_m * x_m + beta x_m),    Att_m = map(Theta_m A_l A_o ..)          eqs. 4 to 7
+        feature_loss = sum over layers and modalities of mean | Phi_m(x_m) - target_m |      eq. 12, training only
+
+    widths: D_m per modality.  rank: R.  layers.  beta: gate.  dropout: probability, after the gate.
+    scale: factor of Theta, default 1 / sqrt(rank).  ring: for each modality the others in the order of their contraction,
+    default onwards around the list (m <- m + 1, m + 2, ..).  feature_target: "attention" | "gated".
+    feature_reduction: "sum" | "mean" over modalities.  backend: as in `ada2i_fast.ops`.
+
+    Called with M tensors [N, D_m] and dialogue offsets int64 [B + 1]; returns (M tensors [N, D_m], feature_loss).
+    """
+
+    def __init__(self, widths: Sequence[int], rank: int, layers: int = 2, beta: float = 0.01, dropout: float = 0.5, *,
+                 scale: float | None = None, ring: Sequence[Sequence[int]] | None = None, feature_target: str = "attention",
+                 feature_reduction: str = "sum", backend: str = "auto") -> None:
+        super().__init__()
+        count = len(widths)
+        if not count or min(widths) < 1:
+            raise ValueError(f"widths: expected a positive width per modality, got {list(widths)}")
+        if rank < 1 or layers < 1:
+            raise ValueError(f"{'rank' if rank < 1 else 'layers'}: expected at least 1, got {rank if rank < 1 else layers}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        if feature_target not in ("attention", "gated"):
+            raise ValueError(f"feature_target: expected 'attention' or 'gated', got {feature_target!r}")
+        if ring is None:
+            ring = [[(j + step) % count for step in range(1, count)] for j in range(count)]
+        if [sorted(others) for others in ring] != [[l for l in range(count) if l != j] for j in range(count)]:
+            raise ValueError(f"ring: expected, for each of {count} modalities, the positions of all others, got {ring}")
+        self.widths = list(widths)
+        self.beta = beta
+        self.dropout = dropout
+        self.scale = rank ** -0.5 if scale is None else scale
+        self.ring = [list(others) for others in ring]
+        self.feature_target = feature_target
+        self.feature_reduction = feature_reduction
+        self.backend = backend
+        self.layers = nn.ModuleList(_Layer(widths, rank) for _ in range(layers))
+
+    def forward(self, x: Sequence[Tensor], offsets: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = list(x)
+        if len(x) != len(self.widths):
+            raise ValueError(f"x: expected {len(self.widths)} modalities, got {len(x)}")
+        for j, (x_j, width) in enumerate(zip(x, self.widths)):
+            if x_j.dim() != 2 or x_j.shape[1] != width or x_j.shape[0] != x[0].shape[0]:
+                raise ValueError(f"x[{j}]: expected [{x[0].shape[0]}, {width}], got {list(x_j.shape)}")
+        feature_loss = x[0].new_zeros(())
+        dropout = self.dropout if self.training else 0.0
+        for layer in self.layers:
+            weight, bias = layer.attention.projections()
+            # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
+            seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
+            out, target = tensor_ring(
+                x, offsets, weight, bias, [m.lin.weight for m in layer.attention.lin_att],
+                [m.lin.bias for m in layer.attention.lin_att], ring=self.ring, scale=self.scale, beta=self.beta,
+                dropout=dropout, seed=seed, gated_target=self.feature_target == "gated", backend=self.backend)
+            if self.training:
+                feature_loss = feature_loss + attention_mapping(
+                    x, target, [fc.weight for fc in layer.wmn.fc], [fc.bias for fc in layer.wmn.fc],
+                    reduction=self.feature_reduction, backend=self.backend)
+            x = out
+        return x, feature_loss
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, beta={self.beta}, dropout={self.dropout}, scale={self.scale:.4g}, backend={self.backend!r}"

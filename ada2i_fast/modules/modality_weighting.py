@@ -1,0 +1,32 @@
+"""Adaptive modality weighting (AMW, eq. 8) and the disparity scores."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import cosine_fusion
+
+__all__ = ["ModalityWeighting"]
+
+
+class ModalityWeighting(nn.Linear):
+    """Joint logits of M modalities as a sum of per-class cosines, or (amw=False) a linear map of their concatenation.
+
+    weight [C, M D]: block m is W_m^T; bias [C] or none.  amw, cosine_norm, scale, score_from: see `ada2i_fast.ops.cosine_fusion`.
+    Called with M tensors [N, D] and labels int64 [N] or None; returns joint logits [N, C], unimodal log-probabilities
+    [M, N, C] and scores [M] (None without labels).
+    """
+
+    def __init__(self, hidden_dim: int, modalities: int, num_classes: int, *, bias: bool = False, amw: bool = True,
+                 cosine_norm: str = "features", scale: float = 10.0, score_from: str = "cosine") -> None:
+        super().__init__(hidden_dim * modalities, num_classes, bias=bias)
+        self.options = dict(amw=amw, cosine_norm=cosine_norm, scale=scale, score_from=score_from)
+
+    def forward(self, hidden: Sequence[Tensor], labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return cosine_fusion(hidden, self.weight, self.bias, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in self.options.items())
