@@ -35,7 +35,7 @@ class BalancedAdam(torch.optim.Adam):
                          weight_decay=config.weight_decay if weight_decay is None else weight_decay, fused=True)
         self.config = config
         self.last_norm: Tensor | None = None
-        self._encoders = model.net.get_encoder_params()
+        self._encoders = {m: list(encoder.parameters()) for m, encoder in model.net.encoder.items()}
 
     @torch.no_grad()
     def step(self, ratio: Mapping[str, Tensor] | None = None, closure: Callable | None = None):

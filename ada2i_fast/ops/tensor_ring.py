@@ -49,7 +49,7 @@ def tensor_ring_torch(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequenc
         if len(x) > 1:
             outer = u[j][:, :, None] * v[j][:, None, :]
             sums = outer.new_zeros(lengths.numel(), *outer.shape[1:]).index_add(0, ids, outer)
-            average.append(sums * (scale / lengths.clamp(min=1))[:, None, None].to(sums.dtype))
+            average.append(sums * (scale / lengths.clamp(min=1).to(sums.dtype))[:, None, None])
 
     outs, targets = [], []
     for j in range(len(x)):
