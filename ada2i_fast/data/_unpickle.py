@@ -120,7 +120,7 @@ def _frombuffer(raw, dtype, shape, order="C", axis_order=None):
     flat = np.frombuffer(raw, real, count) if count else np.empty(0, real)
     if order == "K" and axis_order is not None:
         _need(isinstance(axis_order, tuple) and sorted(axis_order) == list(range(len(shape))), "a malformed axis order")
-        return flat.reshape(tuple(shape[a] for a in axis_order)).transpose(np.argsort(axis_order))
+        return flat.reshape(shape).transpose(axis_order)
     _need(order in ("C", "F"), "a numpy array of unknown order")
     return flat.reshape(shape, order=order)
 

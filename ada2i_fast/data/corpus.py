@@ -41,7 +41,7 @@ class Corpus:
     offsets: int64 [C + 1]; starts at 0, ends at N, strictly increasing (no empty conversation).
     labels: int64 [N], indices into ``class_names``; None for data to predict on.
     speakers: int64 [N], >= 0, or None; indices into ``speaker_names`` where that is not empty.
-    conversation_ids: C distinct strings.
+    conversation_ids: C distinct strings (kept as an object array, as are the other strings per row).
     utterance_ids: N strings, or None.
     split: C of ``"train"``, ``"dev"``, ``"test"`` or ``""`` (no split).
     class_names: C classes, in label order.
@@ -152,10 +152,10 @@ class Corpus:
                 raise CorpusError(f"{name}: features[{m!r}]: expected at least one feature per utterance, got width 0")
         ids, counts = np.unique(self.conversation_ids, return_counts=True)
         if len(ids) != count:
-            raise CorpusError(f"{name}: conversation_ids: expected distinct ids, {str(ids[counts > 1][0])!r} occurs {counts.max()} times")
+            raise CorpusError(f"{name}: conversation_ids: expected distinct ids, {ids[counts > 1][0]!r} occurs {counts.max()} times")
         for c, split in enumerate(self.split):
             if split and split not in SPLITS:
-                raise CorpusError(f"{name}: conversation {self.conversation_ids[c]!r}: expected split train, dev or test, got {str(split)!r}")
+                raise CorpusError(f"{name}: conversation {self.conversation_ids[c]!r}: expected split train, dev or test, got {split!r}")
         if len(set(self.class_names)) != len(self.class_names):
             raise CorpusError(f"{name}: class_names: expected distinct names, got {', '.join(self.class_names)}")
         if self.labels is not None:
@@ -330,7 +330,7 @@ class Corpus:
         if self.speakers is not None:
             arrays["speakers"] = self.speakers
         codes = {**{s: i for i, s in enumerate(SPLITS)}, "": _NO_SPLIT}
-        arrays["split"] = np.array([codes[str(s)] for s in self.split], np.uint8)
+        arrays["split"] = np.array([codes[s] for s in self.split], np.uint8)
         for what, strings in (("conversation_ids", self.conversation_ids), ("utterance_ids", self.utterance_ids)):
             if strings is not None:
                 arrays[f"{what}.bytes"], arrays[f"{what}.offsets"] = _pack(strings)
@@ -446,7 +446,8 @@ def _array(value, dtype, ndim: int, what: str) -> np.ndarray:
 
 
 def _strings(values) -> np.ndarray:
-    return np.asarray([str(value) for value in values], dtype=str)
+    # Objects, not numpy text: that would cut trailing zeros, and print as np.str_.
+    return np.array([str(value) for value in values], dtype=object)
 
 
 def _writable(array: np.ndarray) -> np.ndarray:
@@ -455,7 +456,7 @@ def _writable(array: np.ndarray) -> np.ndarray:
 
 
 def _pack(strings) -> tuple[np.ndarray, np.ndarray]:
-    encoded = [str(s).encode() for s in strings]
+    encoded = [s.encode() for s in strings]
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(s) for s in encoded], out=offsets[1:])
     return np.frombuffer(b"".join(encoded), np.uint8), offsets

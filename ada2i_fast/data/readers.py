@@ -229,7 +229,10 @@ def _cogmen(data, num_classes, emotion, text_layer, modalities) -> _Table:
         for k, record in enumerate(records):
             if not isinstance(record, dict):
                 raise CorpusError(f"{split} conversation {k}: expected a dictionary or a Sample, got a {type(record).__name__}")
-            base = vid = str(record.get("vid", record.get("uid", f"{split}{k}")))
+            vid = record.get("vid", record.get("uid", f"{split}{k}"))
+            if not isinstance(vid, (str, int, np.generic)):
+                raise CorpusError(f"{split} conversation {k}: expected a name or number as vid, got a {type(vid).__name__}")
+            base = vid = str(vid)
             again = 1
             while vid in seen:  # conversations cut into pieces keep one id
                 again += 1
@@ -338,7 +341,8 @@ def _assemble(table: _Table, num_classes, dev_split, seed, labels_are, neutral, 
         if table.speakers is not None:
             speakers.append(_speakers(_of(table.speakers, vid, where, "speakers"), n, where))
         ids = (table.utterance_ids or {}).get(vid)
-        utterances.append([str(u) for u in ids] if isinstance(ids, (list, tuple, np.ndarray)) and len(ids) == n else None)
+        named = isinstance(ids, (list, tuple, np.ndarray)) and len(ids) == n and all(isinstance(u, (str, int, np.generic)) for u in ids)
+        utterances.append([str(u) for u in ids] if named else None)
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     numbers, who, names = None, None, []
@@ -588,10 +592,10 @@ def _of(values, vid, where, what):
 def _is_vectors(values: dict) -> bool:
     """Whether a dictionary holds wide vectors per utterance (features), rather than labels."""
     first = next(iter(values.values()), None)
-    try:
-        return len(first) > 0 and np.ndim(first[0]) == 1 and len(first[0]) > 7
-    except (TypeError, ValueError):
+    if not isinstance(first, (list, tuple, np.ndarray)) or not len(first):
         return False
+    vector = first[0]  # no numpy conversion: see _from_list
+    return isinstance(vector, (list, tuple, np.ndarray)) and len(vector) > 7 and isinstance(vector[0], (int, float, np.number))
 
 
 def _whole(value) -> int:
@@ -630,6 +634,9 @@ def _at(path: str, function, *arguments):
         raise CorpusError(text if option or text.startswith(path) else f"{path}: {text}") from None
     except (RecursionError, MemoryError) as error:
         raise CorpusError(f"{path}: its contents cannot be unpacked ({type(error).__name__})") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # A strange file can put any value anywhere; the usual mistakes were named above.
+        raise CorpusError(f"{path}: its contents are not laid out as expected ({type(error).__name__}: {error})") from error
 
 
 def _call(function, what: str, options: dict, *arguments) -> Corpus:
