@@ -412,6 +412,8 @@ def test_bad_options(tmp_path, options, message):
 def test_strange_values_are_one_sentence(tmp_path):
     for key in ("text", "label", "speaker"):
         for value in (np.array(None, dtype=object), np.zeros((3, 1, 1, 4)), {1: 2}, np.array(["a", "b", "c"]), 3, [None] * 3, [[]] * 3):
+            if key == "speaker" and np.shape(value) == (3,) and np.asarray(value).dtype.kind == "U":
+                continue  # three names are what speakers may be
             path = write(tmp_path, edited(lambda d: put(d, key, SES[3], value)))
             with pytest.raises(CorpusError, match="x.pkl"):
                 read(path)
