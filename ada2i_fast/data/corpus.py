@@ -47,7 +47,8 @@ class Corpus:
     class_names: C classes, in label order.
     source: which reader made it, and how the split was made.
 
-    Construction converts what can be converted without loss of meaning and then calls `validate`, unless ``checked`` is True.
+    Construction converts what can be converted without loss of meaning and then calls `validate`, unless ``checked`` is True
+    (for callers that do so themselves).
     Raises `CorpusError`.
     """
 
@@ -85,6 +86,7 @@ class Corpus:
             self.utterance_ids = _strings(self.utterance_ids)
         if not self.checked:
             self.validate()
+        self.checked = False  # copies made from this one are checked again
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def load(tmp_path, data, protocol=None):
     [
         np.arange(6, dtype=np.float32).reshape(2, 3),
         np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
+        np.arange(24.0).reshape(2, 3, 4).transpose(1, 2, 0),
         np.arange(6)[::2],
         np.array(["ab", "c"]),
         np.array([True, False]),
@@ -198,6 +198,11 @@ def test_forged_instructions(tmp_path, data):
 def test_damage_costs_nothing(tmp_path, data):
     with pytest.raises(CorpusError, match="p.pkl is (truncated|damaged)"):
         load(tmp_path, data)
+
+
+def test_a_bytearray_is_not_allocated_before_it_is_read(tmp_path):
+    with pytest.raises(CorpusError, match="truncated"):  # not MemoryError, which would be "damaged"
+        load(tmp_path, b"\x80\x05\x96" + struct.pack("<Q", 1 << 50) + b"abc.")
 
 
 def test_every_truncation_is_an_error(tmp_path):
