@@ -11,6 +11,17 @@ from .readers import KINDS, open_corpus, read
 from .synthetic import synthetic_corpus
 
 __all__ = [
-    "CLASS_COUNTS", "CLASS_NAMES", "Corpus", "CorpusError", "KINDS", "MELD_DEV_IDS", "MODALITIES", "SPLITS", "bin_scores",
-    "open_corpus", "read", "restricted_load", "synthetic_corpus",
+    "CLASS_COUNTS",
+    "CLASS_NAMES",
+    "KINDS",
+    "MELD_DEV_IDS",
+    "MODALITIES",
+    "SPLITS",
+    "Corpus",
+    "CorpusError",
+    "bin_scores",
+    "open_corpus",
+    "read",
+    "restricted_load",
+    "synthetic_corpus",
 ]

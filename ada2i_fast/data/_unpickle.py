@@ -29,7 +29,7 @@ class _Refused(Exception):
 class _Name:
     """Stands for a name in the file. Not callable: only `_call` may act on it, by identity."""
 
-    __slots__ = ("name", "build")
+    __slots__ = ("build", "name")
 
     def __init__(self, name, build):
         self.name, self.build = name, build
@@ -99,7 +99,9 @@ def _empty_array(*_):
 
 def _set_array(array, state):
     """What numpy's own __setstate__ does, after checking that shape, dtype and data belong together."""
-    _need(isinstance(state, tuple) and len(state) in (4, 5) and isinstance(state[-3], _Dtype), "a malformed numpy array")
+    _need(
+        isinstance(state, tuple) and len(state) in (4, 5) and isinstance(state[-3], _Dtype), "a malformed numpy array"
+    )
     shape, dtype, fortran, raw = state[-4], state[-3].real(), bool(state[-2]), state[-1]
     count = _shape(shape)
     if dtype == object:
@@ -107,7 +109,10 @@ def _set_array(array, state):
     else:
         raw = bytes(_bytes(raw))
         _need(dtype.itemsize > 0 or not count, "a numpy array of elements of no size")
-        _need(len(raw) == count * dtype.itemsize, f"a numpy array of shape {shape} and {dtype} with {len(raw)} bytes of data")
+        _need(
+            len(raw) == count * dtype.itemsize,
+            f"a numpy array of shape {shape} and {dtype} with {len(raw)} bytes of data",
+        )
     array.__setstate__((1, shape, dtype, fortran, raw))
 
 
@@ -148,7 +153,10 @@ def _plain_bytes(source=b"", encoding=None):
 
 
 def _items(*source):
-    _need(len(source) <= 1 and isinstance(source[0] if source else [], (list, tuple, set, frozenset)), "a container made of no list")
+    _need(
+        len(source) <= 1 and isinstance(source[0] if source else [], (list, tuple, set, frozenset)),
+        "a container made of no list",
+    )
     return source[0] if source else ()
 
 
@@ -215,7 +223,9 @@ class _Machine(pickle._Unpickler):
     def __init__(self, file):
         super().__init__(file, fix_imports=False, encoding="latin1")
         self.names = _table()
-        self.records = {id(name) for name in self.names.values() if name.build is _record and "_reconstructor" not in name.name}
+        self.records = {
+            id(name) for name in self.names.values() if name.build is _record and "_reconstructor" not in name.name
+        }
         self.made: dict[int, dict] = {}  # records by id, kept alive so that an id is never reused
 
     def find_class(self, module, name):
@@ -236,11 +246,17 @@ class _Machine(pickle._Unpickler):
         if name.endswith("._reconstruct"):
             _need(bool(args) and args[0] is self.names["numpy", "ndarray"], "a numpy array of another class")
         elif name.endswith("._reconstructor"):
-            _need(bool(args) and isinstance(args[0], _Name) and id(args[0]) in self.records, "an object of unknown class")
+            _need(
+                bool(args) and isinstance(args[0], _Name) and id(args[0]) in self.records, "an object of unknown class"
+            )
             target = args[0]
         elif name == "collections.defaultdict":
-            _need(not args or args[0] is None or (isinstance(args[0], _Name) and args[0].name.split(".")[-1] in _FACTORIES),
-                  "a defaultdict with a foreign factory")
+            _need(
+                not args
+                or args[0] is None
+                or (isinstance(args[0], _Name) and args[0].name.split(".")[-1] in _FACTORIES),
+                "a defaultdict with a foreign factory",
+            )
         _need(target.build is not None, f"a call of {name}")
         result = target.build(*args)
         if id(target) in self.records:
@@ -261,7 +277,10 @@ class _Machine(pickle._Unpickler):
         elif isinstance(target, _Dtype):
             target.set(state)
         elif id(target) in self.made:
-            _need(isinstance(state, dict) and all(isinstance(key, str) for key in state), "a record without named attributes")
+            _need(
+                isinstance(state, dict) and all(isinstance(key, str) for key in state),
+                "a record without named attributes",
+            )
             target.update(state)
         else:
             raise _Refused(f"state set on {_what(target)}")
@@ -272,8 +291,16 @@ class _Machine(pickle._Unpickler):
     def refuse(self):
         raise _Refused("an instruction that builds arbitrary objects")
 
-    for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER,
-                  pickle.READONLY_BUFFER):
+    for _code in (
+        pickle.INST,
+        pickle.OBJ,
+        pickle.NEWOBJ_EX,
+        pickle.EXT1,
+        pickle.EXT2,
+        pickle.EXT4,
+        pickle.NEXT_BUFFER,
+        pickle.READONLY_BUFFER,
+    ):
         dispatch[_code[0]] = refuse
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_newobj
@@ -307,14 +334,18 @@ def restricted_load(path: str | os.PathLike) -> Any:
             # Mapped, because a read past the end allocates nothing there, whatever length the file claims.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 if mapped[:2] == b"PK":
-                    raise CorpusError(f"{path} is a zip archive (torch.save, or an .npz under another name), not a pickle")
+                    raise CorpusError(
+                        f"{path} is a zip archive (torch.save, or an .npz under another name), not a pickle"
+                    )
                 return _Machine(mapped).load()
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from None
     except CorpusError:
         raise
     except _Refused as refused:
-        raise CorpusError(f"{path}: refused to unpickle {refused}; only numpy arrays and plain containers are admitted") from None
+        raise CorpusError(
+            f"{path}: refused to unpickle {refused}; only numpy arrays and plain containers are admitted"
+        ) from None
     except (EOFError, pickle.UnpicklingError) as error:
         raise CorpusError(f"{path} is truncated or not a pickle: {str(error) or 'it ends early'}") from None
     except Exception as error:  # a malformed pickle can fail in any instruction

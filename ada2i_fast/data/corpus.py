@@ -8,8 +8,9 @@ import math
 import os
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -67,12 +68,17 @@ class Corpus:
 
     def __post_init__(self):
         if not isinstance(self.features, dict) or not self.features:
-            raise CorpusError(f"{self.name}: features: expected a non-empty dictionary of modalities, got {self.features!r:.60}")
+            raise CorpusError(
+                f"{self.name}: features: expected a non-empty dictionary of modalities, got {self.features!r:.60}"
+            )
         unknown = [m for m in self.features if m not in MODALITIES]
         if unknown:
             raise CorpusError(f"{self.name}: features: expected modalities among t, a, v, got {unknown[0]!r}")
-        self.features = {m: _array(self.features[m], np.float32, 2, f"{self.name}: features[{m!r}]")
-                         for m in MODALITIES if m in self.features}
+        self.features = {
+            m: _array(self.features[m], np.float32, 2, f"{self.name}: features[{m!r}]")
+            for m in MODALITIES
+            if m in self.features
+        }
         self.offsets = _array(self.offsets, np.int64, 1, f"{self.name}: offsets")
         if self.labels is not None:
             self.labels = _array(self.labels, np.int64, 1, f"{self.name}: labels")
@@ -124,7 +130,7 @@ class Corpus:
         known = f" ({self.utterance_ids[row]})" if self.utterance_ids is not None else ""
         return f"{self.name}: conversation {self.conversation_ids[c]!r}, utterance {u}{known}"
 
-    def validate(self, values: bool = True) -> "Corpus":
+    def validate(self, values: bool = True) -> Corpus:
         """Checks everything the class promises; ``values=False`` leaves out the pass over the features for NaN and Inf.
 
         Returns itself. Raises `CorpusError` naming conversation and utterance (counted from 0 within the conversation).
@@ -148,23 +154,31 @@ class Corpus:
         packed.update(labels=self.labels, speakers=self.speakers, utterance_ids=self.utterance_ids)
         for what, array in packed.items():
             if array is not None and len(array) != rows:
-                raise CorpusError(f"{name}: {what}: expected {rows} rows, the sum of the conversation lengths, got {len(array)}")
+                raise CorpusError(
+                    f"{name}: {what}: expected {rows} rows, the sum of the conversation lengths, got {len(array)}"
+                )
         for m, x in self.features.items():
             if x.shape[1] < 1:
                 raise CorpusError(f"{name}: features[{m!r}]: expected at least one feature per utterance, got width 0")
         ids, counts = np.unique(self.conversation_ids, return_counts=True)
         if len(ids) != count:
-            raise CorpusError(f"{name}: conversation_ids: expected distinct ids, {ids[counts > 1][0]!r} occurs {counts.max()} times")
+            raise CorpusError(
+                f"{name}: conversation_ids: expected distinct ids, {ids[counts > 1][0]!r} occurs {counts.max()} times"
+            )
         for c, split in enumerate(self.split):
             if split and split not in SPLITS:
-                raise CorpusError(f"{name}: conversation {self.conversation_ids[c]!r}: expected split train, dev or test, got {split!r}")
+                raise CorpusError(
+                    f"{name}: conversation {self.conversation_ids[c]!r}: expected split train, dev or test, got {split!r}"
+                )
         if len(set(self.class_names)) != len(self.class_names):
             raise CorpusError(f"{name}: class_names: expected distinct names, got {', '.join(self.class_names)}")
         if self.labels is not None:
             bad = (self.labels < 0) | (self.labels >= self.num_classes)
             if bad.any():
                 row = int(np.argmax(bad))
-                raise CorpusError(f"{self._where(row)}: label {self.labels[row]} is out of range 0 to {self.num_classes - 1}")
+                raise CorpusError(
+                    f"{self._where(row)}: label {self.labels[row]} is out of range 0 to {self.num_classes - 1}"
+                )
         if self.speakers is not None:
             bad = self.speakers < 0
             if self.speaker_names:
@@ -180,7 +194,9 @@ class Corpus:
                     finite = np.isfinite(x[start : start + step])
                     if not finite.all():
                         r, d = (int(i) for i in np.argwhere(~finite)[0])
-                        raise CorpusError(f"{self._where(start + r)}: feature {d} of modality {m!r} is {x[start + r, d]}, expected a finite number")
+                        raise CorpusError(
+                            f"{self._where(start + r)}: feature {d} of modality {m!r} is {x[start + r, d]}, expected a finite number"
+                        )
         return self
 
     # -- choosing ------------------------------------------------------------------------------------------------------
@@ -197,7 +213,9 @@ class Corpus:
         """The utterance rows of some conversations, in the order given: a slice where they lie side by side."""
         index = np.asarray(conversation_indices, dtype=np.int64).reshape(-1)
         if len(index) and (index.min() < 0 or index.max() >= self.num_conversations):
-            raise CorpusError(f"{self.name}: expected conversation indices 0 to {self.num_conversations - 1}, got {index.min()} to {index.max()}")
+            raise CorpusError(
+                f"{self.name}: expected conversation indices 0 to {self.num_conversations - 1}, got {index.min()} to {index.max()}"
+            )
         if len(index) == 0:
             return slice(0, 0)
         starts, stops = self.offsets[index], self.offsets[index + 1]
@@ -207,7 +225,7 @@ class Corpus:
         first = np.cumsum(lengths) - lengths
         return np.repeat(starts - first, lengths) + np.arange(int(lengths.sum()))
 
-    def batch(self, conversation_indices, modalities: Sequence[str] | None = None) -> "DialogueBatch":
+    def batch(self, conversation_indices, modalities: Sequence[str] | None = None) -> DialogueBatch:
         """Some conversations as a batch on the CPU: features [n, d_m] float32, offsets int64 [B + 1], labels int64 [n] or None.
 
         Conversations side by side in the corpus are handed out without a copy: such a batch shares the corpus's memory.
@@ -236,17 +254,23 @@ class Corpus:
             if m not in self.features:
                 raise CorpusError(f"modalities: {self.name} has {', '.join(self.modalities)}, not {m!r}")
         if not chosen or len(set(chosen)) != len(chosen):
-            raise CorpusError(f"modalities: expected distinct names among {', '.join(self.modalities)}, got {modalities!r}")
+            raise CorpusError(
+                f"modalities: expected distinct names among {', '.join(self.modalities)}, got {modalities!r}"
+            )
         return chosen
 
     # -- other corpora from this one -----------------------------------------------------------------------------------
 
-    def select(self, conversation_indices=None, keep: np.ndarray | None = None) -> "Corpus":
+    def select(self, conversation_indices=None, keep: np.ndarray | None = None) -> Corpus:
         """A copy with these conversations in this order, and of them only the utterances where ``keep`` (bool [N]) holds.
 
         Conversations left without an utterance are dropped.
         """
-        index = self.conversations() if conversation_indices is None else np.asarray(conversation_indices, dtype=np.int64).reshape(-1)
+        index = (
+            self.conversations()
+            if conversation_indices is None
+            else np.asarray(conversation_indices, dtype=np.int64).reshape(-1)
+        )
         rows = self.rows(index)
         rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         owner = np.repeat(np.arange(len(index)), self.lengths[index])
@@ -266,20 +290,24 @@ class Corpus:
             split=self.split[index],
         )
 
-    def relabel(self, mapping: Sequence[int], class_names: Sequence[str], note: str = "") -> "Corpus":
+    def relabel(self, mapping: Sequence[int], class_names: Sequence[str], note: str = "") -> Corpus:
         """Old label k becomes ``mapping[k]``; utterances whose new label is -1 are dropped, and conversations they leave empty."""
         if self.labels is None:
             raise CorpusError(f"{self.name}: relabel: expected a corpus with labels, got none")
         if len(mapping) != self.num_classes:
-            raise CorpusError(f"{self.name}: relabel: expected {self.num_classes} entries, one per class, got {len(mapping)}")
+            raise CorpusError(
+                f"{self.name}: relabel: expected {self.num_classes} entries, one per class, got {len(mapping)}"
+            )
         labels = np.asarray(mapping, dtype=np.int64)[self.labels]
         if (labels < 0).all():
             raise CorpusError(f"{self.name}: relabel: no utterance is left")
         # Dropped rows first get a label that is in range: the copy is checked before it is cut.
-        changed = replace(self, labels=np.maximum(labels, 0), class_names=list(class_names), source=_note(self.source, note))
+        changed = replace(
+            self, labels=np.maximum(labels, 0), class_names=list(class_names), source=_note(self.source, note)
+        )
         return changed.select(keep=labels >= 0) if (labels < 0).any() else changed
 
-    def with_split(self, dev_split: str = "random_tenth", seed: int = 12) -> "Corpus":
+    def with_split(self, dev_split: str = "random_tenth", seed: int = 12) -> Corpus:
         """A copy with another development split, cut from the conversations that are now ``train`` or ``dev``.
 
         ``"random_tenth"``: their indices are shuffled by ``random.Random(seed)``; the first ``int(0.1 n)`` are dev.
@@ -288,7 +316,9 @@ class Corpus:
         """
         if dev_split == "official":
             if not len(self.conversations("dev")):
-                raise CorpusError(f"dev_split: {self.name} has no official development split; choose random_tenth, first_tenth or none")
+                raise CorpusError(
+                    f"dev_split: {self.name} has no official development split; choose random_tenth, first_tenth or none"
+                )
             return self
         pool = [c for c, s in enumerate(self.split) if s in ("train", "dev")]
         train, dev = tenth(pool, dev_split, seed)
@@ -301,7 +331,9 @@ class Corpus:
     def describe(self) -> str:
         """A table: per split its conversations, utterances, longest conversation and utterances per class; then widths and source."""
         names = [s for s in SPLITS if len(self.conversations(s))] + ([""] if len(self.conversations("")) else [])
-        head = ["split", "conversations", "utterances", "longest"] + (self.class_names if self.labels is not None else [])
+        head = ["split", "conversations", "utterances", "longest"] + (
+            self.class_names if self.labels is not None else []
+        )
         table = [head]
         for s in names:
             index = self.conversations(s)
@@ -311,10 +343,17 @@ class Corpus:
                 row += np.bincount(self.labels[rows], minlength=self.num_classes).tolist()
             table.append([str(x) for x in row])
         columns = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, columns))) for row in table]
+        lines = [
+            "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, columns)))
+            for row in table
+        ]
         widths = ", ".join(f"{m} {d}" for m, d in self.widths.items())
         speakers = "" if self.speakers is None else f"\nspeakers: {len(np.unique(self.speakers))}"
-        return "\n".join([self.name, *lines, f"widths: {widths}"]) + speakers + (f"\nsource: {self.source}" if self.source else "")
+        return (
+            "\n".join([self.name, *lines, f"widths: {widths}"])
+            + speakers
+            + (f"\nsource: {self.source}" if self.source else "")
+        )
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
@@ -341,9 +380,17 @@ class Corpus:
 
         temporary = None
         try:
-            descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=os.path.dirname(os.path.abspath(path)))
+            descriptor, temporary = tempfile.mkstemp(
+                prefix=".", suffix=".part", dir=os.path.dirname(os.path.abspath(path))
+            )
             with os.fdopen(descriptor, "wb") as file:
-                prologue = MAGIC + SCHEMA.to_bytes(4, "little") + len(header).to_bytes(4, "little") + size.to_bytes(8, "little") + bytes(8)
+                prologue = (
+                    MAGIC
+                    + SCHEMA.to_bytes(4, "little")
+                    + len(header).to_bytes(4, "little")
+                    + size.to_bytes(8, "little")
+                    + bytes(8)
+                )
                 digest = hashlib.blake2b(prologue, digest_size=32)
                 file.write(prologue + bytes(32))
                 for part in _parts(header, arrays.values()):
@@ -365,7 +412,7 @@ class Corpus:
                 os.unlink(temporary)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, mmap: bool = True, verify: bool = True) -> "Corpus":
+    def load(cls, path: str | os.PathLike, mmap: bool = True, verify: bool = True) -> Corpus:
         """Reads a corpus file.
 
         mmap: map the arrays instead of reading them. The mapping is copy-on-write: writing to an array never reaches the file.
@@ -411,7 +458,9 @@ class Corpus:
             text = str(error)
             raise CorpusError(text if text.startswith(path) else f"{path}: {text}") from None
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise CorpusError(f"{path} is damaged: its header cannot be understood ({type(error).__name__}: {error})") from None
+            raise CorpusError(
+                f"{path} is damaged: its header cannot be understood ({type(error).__name__}: {error})"
+            ) from None
 
 
 def tenth(pool: Sequence, dev_split: str, seed: int) -> tuple[list, list]:
@@ -478,14 +527,19 @@ def _round_up(n: int) -> int:
 def _header(corpus: Corpus, arrays: dict[str, np.ndarray]) -> tuple[bytes, int]:
     """The JSON header, padded with spaces to the alignment, and the size of the whole file."""
     meta = {
-        "name": corpus.name, "source": corpus.source, "class_names": corpus.class_names, "speaker_names": corpus.speaker_names,
+        "name": corpus.name,
+        "source": corpus.source,
+        "class_names": corpus.class_names,
+        "speaker_names": corpus.speaker_names,
         "splits": {s: i for i, s in enumerate(SPLITS)} | {"": _NO_SPLIT},
     }
     size = 0
     while True:  # array offsets count from the start of the file, so the header's size depends on itself
         position, entries = PROLOGUE + size, []
         for name, x in arrays.items():
-            entries.append({"name": name, "dtype": x.dtype.str, "shape": list(x.shape), "offset": position, "nbytes": x.nbytes})
+            entries.append(
+                {"name": name, "dtype": x.dtype.str, "shape": list(x.shape), "offset": position, "nbytes": x.nbytes}
+            )
             position = _round_up(position + x.nbytes)
         raw = json.dumps(meta | {"arrays": entries}, ensure_ascii=False, separators=(",", ":")).encode()
         if len(raw) <= size:
@@ -537,8 +591,16 @@ def _build(cls, header: dict, arrays: dict[str, np.ndarray]) -> Corpus:
         if not isinstance(header[what], list) or not all(isinstance(s, str) for s in header[what]):
             raise CorpusError(f"{what}: expected a list of strings")
     return cls(
-        name=str(header["name"]), features=features, offsets=arrays["offsets"], labels=arrays.get("labels"),
-        speakers=arrays.get("speakers"), conversation_ids=ids, split=[names[code] for code in codes],
-        class_names=header["class_names"], source=str(header["source"]), utterance_ids=strings("utterance_ids"),
-        speaker_names=header["speaker_names"], checked=True,
+        name=str(header["name"]),
+        features=features,
+        offsets=arrays["offsets"],
+        labels=arrays.get("labels"),
+        speakers=arrays.get("speakers"),
+        conversation_ids=ids,
+        split=[names[code] for code in codes],
+        class_names=header["class_names"],
+        source=str(header["source"]),
+        utterance_ids=strings("utterance_ids"),
+        speaker_names=header["speaker_names"],
+        checked=True,
     )

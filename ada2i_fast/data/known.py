@@ -12,9 +12,25 @@ CLASS_NAMES: dict[str, list[str]] = {
     "iemocap4": ["hap", "sad", "neu", "ang"],
     "meld7": ["neu", "sup", "fea", "sad", "joy", "dis", "ang"],
     # The released table of these names is scrambled; these follow the bins of `bin_scores`.
-    "mosei7": ["strong negative", "negative", "weak negative", "neutral", "weak positive", "positive", "strong positive"],
+    "mosei7": [
+        "strong negative",
+        "negative",
+        "weak negative",
+        "neutral",
+        "weak positive",
+        "positive",
+        "strong positive",
+    ],
     "mosei2": ["negative", "positive"],
-    "mosi7": ["strong negative", "negative", "weak negative", "neutral", "weak positive", "positive", "strong positive"],
+    "mosi7": [
+        "strong negative",
+        "negative",
+        "weak negative",
+        "neutral",
+        "weak positive",
+        "positive",
+        "strong positive",
+    ],
     "mosi2": ["negative", "positive"],
 }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,9 @@ def read(
     if modalities is not None:
         modalities = tuple(modalities)
         if not modalities or any(m not in _FULL for m in modalities) or len(set(modalities)) != len(modalities):
-            raise CorpusError(f"modalities: expected distinct names among t, a, v, got {','.join(map(str, modalities)) or 'none'}")
+            raise CorpusError(
+                f"modalities: expected distinct names among t, a, v, got {','.join(map(str, modalities)) or 'none'}"
+            )
     if dataset in CLASS_COUNTS and num_classes is not None:
         _choice("num_classes", num_classes, CLASS_COUNTS[dataset])
 
@@ -128,24 +131,32 @@ def _table(data, kind, dataset, num_classes, emotion, text_layer, modalities) ->
             kind = "released" if "trainVid" in data else "cogmen"
         else:
             kind = "tuple"
-    table = {"released": _released, "cogmen": _cogmen, "tuple": _tuple}[kind](data, num_classes, emotion, text_layer, modalities)
+    table = {"released": _released, "cogmen": _cogmen, "tuple": _tuple}[kind](
+        data, num_classes, emotion, text_layer, modalities
+    )
     if dataset != "auto":
         table.dataset = dataset
     if table.dataset == "auto":
-        raise CorpusError(f"the data set cannot be told from this {table.kind}; choose dataset iemocap, meld, mosei, mosi or other")
+        raise CorpusError(
+            f"the data set cannot be told from this {table.kind}; choose dataset iemocap, meld, mosei, mosi or other"
+        )
     if num_classes is not None and table.dataset in CLASS_COUNTS:
         _choice("num_classes", num_classes, CLASS_COUNTS[table.dataset])
     if modalities is not None:
         missing = [m for m in modalities if m not in table.features]
         if missing:
-            raise CorpusError(f"modality {missing[0]!r} was asked for, but this {table.kind} has only {', '.join(table.features)}")
+            raise CorpusError(
+                f"modality {missing[0]!r} was asked for, but this {table.kind} has only {', '.join(table.features)}"
+            )
         table.features = {m: table.features[m] for m in modalities}
     return table
 
 
 def _released(data, num_classes, emotion, text_layer, modalities) -> _Table:
     if not isinstance(data, dict):
-        raise CorpusError(f"expected the released dictionary with trainVid, testVid, text, audio, visual, got a {type(data).__name__}")
+        raise CorpusError(
+            f"expected the released dictionary with trainVid, testVid, text, audio, visual, got a {type(data).__name__}"
+        )
     features = {}
     for m, key in _FULL.items():
         if modalities is None or m in modalities:
@@ -167,8 +178,12 @@ def _released(data, num_classes, emotion, text_layer, modalities) -> _Table:
         raise CorpusError(f"emotion: only mosei_data.pkl has labels to choose from, got {emotion!r}")
     speakers = data.get("speakers", data.get("speaker"))
     return _Table(
-        kind="released dictionary", dataset=dataset, train=_ids(data, "trainVid"), test=_ids(data, "testVid"),
-        dev=_ids(data, "valVid") if "valVid" in data else None, features=features,
+        kind="released dictionary",
+        dataset=dataset,
+        train=_ids(data, "trainVid"),
+        test=_ids(data, "testVid"),
+        dev=_ids(data, "valVid") if "valVid" in data else None,
+        features=features,
         labels=None if labels is None else _mapping({"label": labels}, "label"),
         speakers=None if dataset == "mosei" or speakers is None else _mapping({"speakers": speakers}, "speakers"),
     )
@@ -181,7 +196,10 @@ def _tuple(data, num_classes, emotion, text_layer, modalities) -> _Table:
     """
     if not isinstance(data, (tuple, list)):
         raise CorpusError(f"expected a tuple of dictionaries and id lists, got a {type(data).__name__}")
-    shape = "".join("D" if isinstance(x, dict) else "I" if isinstance(x, (list, tuple, set, frozenset, np.ndarray)) else "x" for x in data)
+    shape = "".join(
+        "D" if isinstance(x, dict) else "I" if isinstance(x, (list, tuple, set, frozenset, np.ndarray)) else "x"
+        for x in data
+    )
     d = list(data)
     if shape == "DDDDDDDII":  # IEMOCAP_features.pkl and MOSEI's categorical.p
         roles, dataset, kind = dict(u=0, s=1, y=2, t=3, a=4, v=5, train=7, test=8), "auto", "nine-tuple"
@@ -198,9 +216,15 @@ def _tuple(data, num_classes, emotion, text_layer, modalities) -> _Table:
     elif shape == "DDDDDDDDDDII":
         roles, dataset, kind = dict(u=0, s=1, y=2, r=3, a=7, v=8, train=10, test=11), "auto", "roberta twelve-tuple"
     elif len(shape) == 13 and shape.startswith("DDDDDDDDDDII"):
-        roles, dataset, kind = dict(u=0, s=1, y=2, r=3, a=7, v=8, train=10, test=11), "meld", "MELD roberta thirteen-tuple"
+        roles, dataset, kind = (
+            dict(u=0, s=1, y=2, r=3, a=7, v=8, train=10, test=11),
+            "meld",
+            "MELD roberta thirteen-tuple",
+        )
     else:
-        raise CorpusError(f"a tuple of {len(shape)} elements ({shape}; D a dictionary, I a list, x other) is no known layout")
+        raise CorpusError(
+            f"a tuple of {len(shape)} elements ({shape}; D a dictionary, I a list, x other) is no known layout"
+        )
     train, test = _ids(d, roles["train"]), _ids(d, roles["test"])
     if dataset == "auto" and train and all(isinstance(v, str) and v.startswith("Ses") for v in train):
         dataset = "iemocap"
@@ -210,17 +234,36 @@ def _tuple(data, num_classes, emotion, text_layer, modalities) -> _Table:
         features = {"t": _roberta(d[roles["r"] : roles["r"] + 4], train + (dev or []) + test, text_layer), **features}
         notes.append(f"RoBERTa layer {text_layer}")
     return _Table(
-        kind=kind, dataset=dataset, train=train, test=test, dev=dev, features=features, labels=d[roles["y"]],
-        speakers=d[roles["s"]] if "s" in roles else None, utterance_ids=d[roles["u"]] if "u" in roles else None,
-        frames=dataset == "mosei", notes=notes,
+        kind=kind,
+        dataset=dataset,
+        train=train,
+        test=test,
+        dev=dev,
+        features=features,
+        labels=d[roles["y"]],
+        speakers=d[roles["s"]] if "s" in roles else None,
+        utterance_ids=d[roles["u"]] if "u" in roles else None,
+        frames=dataset == "mosei",
+        notes=notes,
     )
 
 
 def _cogmen(data, num_classes, emotion, text_layer, modalities) -> _Table:
     if not isinstance(data, dict) or not {"train", "test"} <= set(data):
         keys = ", ".join(map(str, list(data)[:8])) if isinstance(data, dict) else type(data).__name__
-        raise CorpusError(f"expected a dictionary with trainVid and testVid, or with train, dev and test, got {keys or 'an empty one'}")
-    table = _Table(kind="train/dev/test dictionary", dataset="auto", train=[], dev=[], test=[], features={m: {} for m in _FULL}, labels={}, speakers={})
+        raise CorpusError(
+            f"expected a dictionary with trainVid and testVid, or with train, dev and test, got {keys or 'an empty one'}"
+        )
+    table = _Table(
+        kind="train/dev/test dictionary",
+        dataset="auto",
+        train=[],
+        dev=[],
+        test=[],
+        features={m: {} for m in _FULL},
+        labels={},
+        speakers={},
+    )
     seen: set[str] = set()
     for split in ("train", "dev", "test"):
         records = data.get(split, [])
@@ -228,10 +271,14 @@ def _cogmen(data, num_classes, emotion, text_layer, modalities) -> _Table:
             raise CorpusError(f"expected a list of conversations under {split!r}, got a {type(records).__name__}")
         for k, record in enumerate(records):
             if not isinstance(record, dict):
-                raise CorpusError(f"{split} conversation {k}: expected a dictionary or a Sample, got a {type(record).__name__}")
+                raise CorpusError(
+                    f"{split} conversation {k}: expected a dictionary or a Sample, got a {type(record).__name__}"
+                )
             vid = record.get("vid", record.get("uid", f"{split}{k}"))
             if not isinstance(vid, (str, int, np.generic)):
-                raise CorpusError(f"{split} conversation {k}: expected a name or number as vid, got a {type(vid).__name__}")
+                raise CorpusError(
+                    f"{split} conversation {k}: expected a name or number as vid, got a {type(vid).__name__}"
+                )
             base = vid = str(vid)
             again = 1
             while vid in seen:  # conversations cut into pieces keep one id
@@ -295,12 +342,19 @@ def _npz(path, dataset, num_classes, dev_split, seed, modalities, name) -> Corpu
     corpus = Corpus(
         name=name or (stem if dataset == "auto" else dataset),
         features={m: arrays[_FULL[m]] for m in wanted},
-        offsets=arrays["conversation_offsets"], labels=labels, speakers=arrays.get("speaker"), conversation_ids=ids,
-        split=arrays.get("split", [""] * len(ids)), class_names=classes, utterance_ids=arrays.get("utterance_id"),
+        offsets=arrays["conversation_offsets"],
+        labels=labels,
+        speakers=arrays.get("speaker"),
+        conversation_ids=ids,
+        split=arrays.get("split", [""] * len(ids)),
+        class_names=classes,
+        utterance_ids=arrays.get("utterance_id"),
         source=f"npz {os.path.basename(path)}",
     )
     if dev_split == "auto":
-        dev_split = "official" if len(corpus.conversations("dev")) or not len(corpus.conversations("train")) else "random_tenth"
+        dev_split = (
+            "official" if len(corpus.conversations("dev")) or not len(corpus.conversations("train")) else "random_tenth"
+        )
         if dev_split == "official":
             return corpus
     return corpus.with_split(dev_split, seed)
@@ -327,9 +381,13 @@ def _assemble(table: _Table, num_classes, dev_split, seed, labels_are, neutral, 
                 raise CorpusError(f"{where}: modality {m!r} ({_FULL[m]}) is missing")
             rows = _rows(values[vid], f"{where}, {_FULL[m]}", table.frames)
             if len(rows) and rows.shape[1] != widths.setdefault(m, rows.shape[1]):
-                raise CorpusError(f"{where}: modality {m!r} has width {rows.shape[1]}, the conversations before have {widths[m]}")
+                raise CorpusError(
+                    f"{where}: modality {m!r} has width {rows.shape[1]}, the conversations before have {widths[m]}"
+                )
             if blocks[m] is not next(iter(blocks.values())) and len(rows) != lengths[-1]:
-                raise CorpusError(f"{where}: {len(rows)} utterances in modality {m!r}, {lengths[-1]} in {next(iter(blocks))!r}")
+                raise CorpusError(
+                    f"{where}: {len(rows)} utterances in modality {m!r}, {lengths[-1]} in {next(iter(blocks))!r}"
+                )
             if blocks[m] is next(iter(blocks.values())):
                 if not len(rows):
                     raise CorpusError(f"{where} is empty")
@@ -341,7 +399,11 @@ def _assemble(table: _Table, num_classes, dev_split, seed, labels_are, neutral, 
         if table.speakers is not None:
             speakers.append(_speakers(_of(table.speakers, vid, where, "speakers"), n, where))
         ids = (table.utterance_ids or {}).get(vid)
-        named = isinstance(ids, (list, tuple, np.ndarray)) and len(ids) == n and all(isinstance(u, (str, int, np.generic)) for u in ids)
+        named = (
+            isinstance(ids, (list, tuple, np.ndarray))
+            and len(ids) == n
+            and all(isinstance(u, (str, int, np.generic)) for u in ids)
+        )
         utterances.append([str(u) for u in ids] if named else None)
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -350,16 +412,23 @@ def _assemble(table: _Table, num_classes, dev_split, seed, labels_are, neutral, 
         who, names = _number_speakers(speakers)
     kept, classes = None, []
     if table.labels is not None:
-        numbers, classes, kept = _classes(table, np.concatenate(labels), num_classes, labels_are, neutral, lambda row: _place(order, offsets, row))
+        numbers, classes, kept = _classes(
+            table, np.concatenate(labels), num_classes, labels_are, neutral, lambda row: _place(order, offsets, row)
+        )
     elif table.dataset in CLASS_COUNTS:
         classes = CLASS_NAMES[f"{table.dataset}{num_classes or CLASS_COUNTS[table.dataset][0]}"]
     four = table.dataset == "iemocap" and num_classes == 4 and len(classes) == 6
     corpus = Corpus(
         name=name or table.dataset,
         features={m: np.concatenate(x) for m, x in blocks.items()},
-        offsets=offsets, labels=numbers, speakers=who, speaker_names=names,
-        conversation_ids=order, split=["train"] * len(train) + ["dev"] * len(dev) + ["test"] * len(table.test),
-        class_names=classes, utterance_ids=None if None in utterances else [u for ids in utterances for u in ids],
+        offsets=offsets,
+        labels=numbers,
+        speakers=who,
+        speaker_names=names,
+        conversation_ids=order,
+        split=["train"] * len(train) + ["dev"] * len(dev) + ["test"] * len(table.test),
+        class_names=classes,
+        utterance_ids=None if None in utterances else [u for ids in utterances for u in ids],
         source="; ".join([table.kind, *table.notes, note]),
     )
     if four:
@@ -382,11 +451,15 @@ def _split(table: _Table, dev_split, seed) -> tuple[list, list, str]:
     if table.dataset == "meld":
         dev = [v for v in pool if _whole(v) in MELD_DEV_IDS]
         if len(dev) != len(MELD_DEV_IDS):
-            raise CorpusError(f"dev_split: expected MELD's 114 official development dialogues, ids 1039 to 1152, among the training ids, "
-                              f"found {len(dev)}; choose first_tenth or random_tenth")
+            raise CorpusError(
+                f"dev_split: expected MELD's 114 official development dialogues, ids 1039 to 1152, among the training ids, "
+                f"found {len(dev)}; choose first_tenth or random_tenth"
+            )
         chosen = set(dev)
         return [v for v in pool if v not in chosen], dev, "dev split official (MELD dialogues 1039 to 1152)"
-    raise CorpusError(f"dev_split: {table.dataset} has no official development split; choose random_tenth, first_tenth or none")
+    raise CorpusError(
+        f"dev_split: {table.dataset} has no official development split; choose random_tenth, first_tenth or none"
+    )
 
 
 def _classes(table: _Table, values: np.ndarray, num_classes, labels_are, neutral, place):
@@ -404,13 +477,23 @@ def _classes(table: _Table, values: np.ndarray, num_classes, labels_are, neutral
     if scored:
         bad = np.abs(values) > 3
         if bad.any():
-            raise CorpusError(f"{place(int(np.argmax(bad)))}: sentiment score {values[np.argmax(bad)]:g} is out of range -3 to 3")
+            raise CorpusError(
+                f"{place(int(np.argmax(bad)))}: sentiment score {values[np.argmax(bad)]:g} is out of range -3 to 3"
+            )
         count = num_classes or CLASS_COUNTS[table.dataset][0]
-        return bin_scores(values, count), CLASS_NAMES[f"{table.dataset}{count}"], values != 0 if neutral == "drop" else None
+        return (
+            bin_scores(values, count),
+            CLASS_NAMES[f"{table.dataset}{count}"],
+            values != 0 if neutral == "drop" else None,
+        )
     if not whole.all():
-        raise CorpusError(f"{place(int(np.argmin(whole)))}: label {values[np.argmin(whole)]:g}, expected a whole number")
+        raise CorpusError(
+            f"{place(int(np.argmin(whole)))}: label {values[np.argmin(whole)]:g}, expected a whole number"
+        )
     if np.abs(values).max() >= 2**31:
-        raise CorpusError(f"{place(int(np.argmax(np.abs(values))))}: label {values[np.argmax(np.abs(values))]:g} is out of range")
+        raise CorpusError(
+            f"{place(int(np.argmax(np.abs(values))))}: label {values[np.argmax(np.abs(values))]:g} is out of range"
+        )
     labels = values.astype(np.int64)
     highest = int(labels.max())
     if table.dataset == "other":
@@ -426,9 +509,15 @@ def _classes(table: _Table, values: np.ndarray, num_classes, labels_are, neutral
         count = 2 if highest < 2 and num_classes != 7 else 7
         if num_classes == 2 and count == 7:  # the seven bins fall wholly on one side of 0, or on it
             _in_range(labels, 7, place)
-            return (labels >= 3).astype(np.int64), CLASS_NAMES[f"{table.dataset}2"], labels != 3 if neutral == "drop" else None
+            return (
+                (labels >= 3).astype(np.int64),
+                CLASS_NAMES[f"{table.dataset}2"],
+                labels != 3 if neutral == "drop" else None,
+            )
         if neutral == "drop":
-            raise CorpusError("neutral: the source's labels are in two classes already, neutral utterances cannot be told")
+            raise CorpusError(
+                "neutral: the source's labels are in two classes already, neutral utterances cannot be told"
+            )
     else:
         count = CLASS_COUNTS[table.dataset][0]
     _in_range(labels, count, place)
@@ -475,7 +564,11 @@ def _rows(value, where, frames) -> np.ndarray:
 
 def _from_list(vector, at, frames) -> np.ndarray:
     # Nested lists are not handed to numpy: a few bytes of pickle can nest one list in itself to any size.
-    if frames and vector and all(isinstance(f, np.ndarray) and f.ndim == 1 and f.shape == vector[0].shape for f in vector):
+    if (
+        frames
+        and vector
+        and all(isinstance(f, np.ndarray) and f.ndim == 1 and f.shape == vector[0].shape for f in vector)
+    ):
         return np.stack(vector)
     for x in vector:
         if not isinstance(x, (int, float, np.number)):
@@ -522,7 +615,7 @@ def _speakers(value, n, where) -> list:
                 raise CorpusError(f"{where}, utterance {u}: expected a one-hot speaker, got {type(x).__name__}")
             x = int(np.argmax(np.asarray(x, dtype=np.float64)))
         if isinstance(x, (np.integer, np.floating, float)):
-            x = int(x) if x == x and abs(x) < 2**31 else -1
+            x = int(x) if abs(x) < 2**31 else -1
         if not isinstance(x, (str, int)):
             raise CorpusError(f"{where}, utterance {u}: expected a speaker's name or number, got a {type(x).__name__}")
         result.append(str(x) if isinstance(x, str) else int(x))
@@ -548,9 +641,14 @@ def _roberta(layers: list[dict], order: list, text_layer) -> dict:
     result = {}
     for vid in dict.fromkeys(order):
         where = f"conversation {str(vid)!r}"
-        rows = [_rows(_of(layer, vid, where, f"RoBERTa layer {k + 1}"), f"{where}, RoBERTa layer {k + 1}", False) for k, layer in enumerate(layers)]
+        rows = [
+            _rows(_of(layer, vid, where, f"RoBERTa layer {k + 1}"), f"{where}, RoBERTa layer {k + 1}", False)
+            for k, layer in enumerate(layers)
+        ]
         if len({x.shape for x in rows}) != 1:
-            raise CorpusError(f"{where}: the four RoBERTa layers have shapes {', '.join(str(x.shape) for x in rows)}, expected one")
+            raise CorpusError(
+                f"{where}: the four RoBERTa layers have shapes {', '.join(str(x.shape) for x in rows)}, expected one"
+            )
         result[vid] = np.concatenate(rows, axis=1) if text_layer == "concat" else np.mean(rows, axis=0)
     return result
 
@@ -595,7 +693,11 @@ def _is_vectors(values: dict) -> bool:
     if not isinstance(first, (list, tuple, np.ndarray)) or not len(first):
         return False
     vector = first[0]  # no numpy conversion: see _from_list
-    return isinstance(vector, (list, tuple, np.ndarray)) and len(vector) > 7 and isinstance(vector[0], (int, float, np.number))
+    return (
+        isinstance(vector, (list, tuple, np.ndarray))
+        and len(vector) > 7
+        and isinstance(vector[0], (int, float, np.number))
+    )
 
 
 def _whole(value) -> int:
@@ -630,13 +732,23 @@ def _at(path: str, function, *arguments):
     except CorpusError as error:
         text = str(error)
         # Options keep their own name in front.
-        option = text.split(":", 1)[0] in ("dev_split", "num_classes", "emotion", "neutral", "labels", "modalities", "text_file")
+        option = text.split(":", 1)[0] in (
+            "dev_split",
+            "num_classes",
+            "emotion",
+            "neutral",
+            "labels",
+            "modalities",
+            "text_file",
+        )
         raise CorpusError(text if option or text.startswith(path) else f"{path}: {text}") from None
     except (RecursionError, MemoryError) as error:
         raise CorpusError(f"{path}: its contents cannot be unpacked ({type(error).__name__})") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # A strange file can put any value anywhere; the usual mistakes were named above.
-        raise CorpusError(f"{path}: its contents are not laid out as expected ({type(error).__name__}: {error})") from error
+        raise CorpusError(
+            f"{path}: its contents are not laid out as expected ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _call(function, what: str, options: dict, *arguments) -> Corpus:

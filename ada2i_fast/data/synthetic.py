@@ -40,7 +40,9 @@ def synthetic_corpus(
     if conversations < 10:
         raise CorpusError(f"conversations: expected at least 10, got {conversations}")
     if not 1 <= min_length <= max_length:
-        raise CorpusError(f"min_length, max_length: expected 1 <= min_length <= max_length, got {min_length} and {max_length}")
+        raise CorpusError(
+            f"min_length, max_length: expected 1 <= min_length <= max_length, got {min_length} and {max_length}"
+        )
     if sorted(widths) != ["a", "t", "v"] or min(widths.values()) < 8:
         raise CorpusError(f"widths: expected t, a and v of at least 8 each, got {widths}")
     if not 0 <= inertia < 1:

@@ -17,7 +17,10 @@ def small(**changes):
     rng = np.random.default_rng(0)
     parts = dict(
         name="small",
-        features={"t": rng.standard_normal((6, 4)).astype(np.float32), "v": rng.standard_normal((6, 3)).astype(np.float32)},
+        features={
+            "t": rng.standard_normal((6, 4)).astype(np.float32),
+            "v": rng.standard_normal((6, 3)).astype(np.float32),
+        },
         offsets=np.array([0, 2, 5, 6]),
         labels=np.array([0, 1, 2, 1, 0, 2]),
         speakers=np.array([0, 1, 0, 0, 1, 0]),
@@ -52,7 +55,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"labels": None}, {"speakers": None, "speaker_names": []}, {"utterance_ids": None}, {"split": ["", "", None]}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"labels": None}, {"speakers": None, "speaker_names": []}, {"utterance_ids": None}, {"split": ["", "", None]}],
+)
 def test_round_trip_is_exact(tmp_path, mmap, changes):
     corpus = small(**changes)
     corpus.features["t"][0, 0] = -0.0
@@ -63,12 +69,25 @@ def test_round_trip_is_exact(tmp_path, mmap, changes):
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=8), width=st.integers(1, 9), seed=st.integers(0, 9), names=st.text("aé☃😀", max_size=5))
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=8),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 9),
+    names=st.text("aé☃😀", max_size=5),
+)
 def test_round_trip_of_any_shape(tmp_path_factory, lengths, width, seed, names):
     rng = np.random.default_rng(seed)
     n = sum(lengths)
-    corpus = Corpus("any" + names, {"a": rng.standard_normal((n, width))}, np.cumsum([0, *lengths]), rng.integers(0, 2, n), None,
-                    [f"{names}{i}" for i in range(len(lengths))], ["train"] * len(lengths), ["no", "yes" + names])
+    corpus = Corpus(
+        "any" + names,
+        {"a": rng.standard_normal((n, width))},
+        np.cumsum([0, *lengths]),
+        rng.integers(0, 2, n),
+        None,
+        [f"{names}{i}" for i in range(len(lengths))],
+        ["train"] * len(lengths),
+        ["no", "yes" + names],
+    )
     path = tmp_path_factory.mktemp("any") / "c.ada2i"
     corpus.save(path)
     same(corpus, Corpus.load(path))
@@ -214,7 +233,10 @@ def entry(header, name):
         (lambda h: h.pop("class_names"), "header cannot be understood"),
         (lambda h: h.update(class_names="xyz"), "expected a list of strings"),
         (lambda h: h["arrays"].remove(entry(h, "offsets")), "header cannot be understood"),
-        (lambda h: h.update(class_names=["x", "y"]), "conversation 'zwei', utterance 0 .u2.: label 2 is out of range 0 to 1"),
+        (
+            lambda h: h.update(class_names=["x", "y"]),
+            "conversation 'zwei', utterance 0 .u2.: label 2 is out of range 0 to 1",
+        ),
     ],
 )
 def test_lying_headers(tmp_path, change, message):
@@ -256,10 +278,16 @@ def bad_features(value, row=3, modality="v"):
     "changes, message",
     [
         ({"features": bad_features(np.nan)}, "conversation 'zwei', utterance 1 (u3): feature 1 of modality 'v' is nan"),
-        ({"features": bad_features(np.inf, 5, "t")}, "conversation 'três', utterance 0 (u5): feature 1 of modality 't' is inf"),
+        (
+            {"features": bad_features(np.inf, 5, "t")},
+            "conversation 'três', utterance 0 (u5): feature 1 of modality 't' is inf",
+        ),
         ({"features": {}}, "features: expected a non-empty dictionary"),
         ({"features": {"x": np.zeros((6, 2))}}, "expected modalities among t, a, v, got 'x'"),
-        ({"features": {"t": np.zeros((6, 2)), "a": np.zeros((5, 2))}}, "features['a']: expected 6 rows, the sum of the conversation lengths, got 5"),
+        (
+            {"features": {"t": np.zeros((6, 2)), "a": np.zeros((5, 2))}},
+            "features['a']: expected 6 rows, the sum of the conversation lengths, got 5",
+        ),
         ({"features": {"t": np.zeros((6, 0))}}, "width 0"),
         ({"features": {"t": np.zeros(6)}}, "expected 2 dimensions, got shape (6,)"),
         ({"features": {"t": np.full((6, 1), "a")}}, "expected float32"),

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from ada2i_fast.data import CLASS_NAMES, MELD_DEV_IDS, Corpus, CorpusError, bin_scores, open_corpus, read
+from ada2i_fast.data import CLASS_NAMES, Corpus, CorpusError, bin_scores, open_corpus, read
 
 WIDTHS = {"t": 6, "a": 4, "v": 5}
 
@@ -35,8 +35,16 @@ TRAIN, TEST = SES[:20], SES[20:]
 
 def released(ids=SES, **kwargs):
     d = conversations(ids, **kwargs)
-    return {"trainVid": ids[:-4], "testVid": ids[-4:], "speaker": d["s"], "label": d["y"], "text": d["t"], "audio": d["a"], "visual": d["v"],
-            "sentence": d["w"]}
+    return {
+        "trainVid": ids[:-4],
+        "testVid": ids[-4:],
+        "speaker": d["s"],
+        "label": d["y"],
+        "text": d["t"],
+        "audio": d["a"],
+        "visual": d["v"],
+        "sentence": d["w"],
+    }
 
 
 def nine(ids=SES, **kwargs):
@@ -95,11 +103,22 @@ def meld(ids=None, key="speakers"):
 
 def test_released_meld_splits(tmp_path):
     d, train, test = meld()
-    path = write(tmp_path, {"trainVid": train, "testVid": test, "speakers": d["s"], "label": d["y"], "text": d["t"], "audio": d["a"],
-                            "visual": d["v"], "sentence": d["w"]})
+    path = write(
+        tmp_path,
+        {
+            "trainVid": train,
+            "testVid": test,
+            "speakers": d["s"],
+            "label": d["y"],
+            "text": d["t"],
+            "audio": d["a"],
+            "visual": d["v"],
+            "sentence": d["w"],
+        },
+    )
     official = read(path)
     assert official.name == "meld" and official.class_names == CLASS_NAMES["meld7"] and set(official.speakers) == {2}
-    assert [int(v) for v in official.conversation_ids[official.conversations("dev")]] == list(MELD_DEV_IDS)
+    assert [int(v) for v in official.conversation_ids[official.conversations("dev")]] == list(range(1039, 1153))
     assert [len(official.conversations(s)) for s in ("train", "dev", "test")] == [1038, 114, 280]
     first = read(path, dev_split="first_tenth")
     assert [int(v) for v in first.conversation_ids[first.conversations("dev")]] == train[:115]
@@ -108,7 +127,18 @@ def test_released_meld_splits(tmp_path):
 
 def test_meld_without_its_ids_says_so(tmp_path):
     d, train, test = meld(list(range(100)))
-    path = write(tmp_path, {"trainVid": train, "testVid": [], "speakers": d["s"], "label": d["y"], "text": d["t"], "audio": d["a"], "visual": d["v"]})
+    path = write(
+        tmp_path,
+        {
+            "trainVid": train,
+            "testVid": [],
+            "speakers": d["s"],
+            "label": d["y"],
+            "text": d["t"],
+            "audio": d["a"],
+            "visual": d["v"],
+        },
+    )
     with pytest.raises(CorpusError, match="dev_split: expected MELD's 114 official .* found 0; choose first_tenth"):
         read(path)
 
@@ -125,11 +155,24 @@ def mosei(labels):
 def test_released_mosei(tmp_path):
     ids, d = mosei("classes")
     seven = {v: [6 - y for y in d["y"][v]] for v in ids}
-    path = write(tmp_path, {"trainVid": ids[:6], "valVid": ids[6:8], "testVid": ids[8:], "speaker": d["s"], "text": d["t"], "audio": d["a"],
-                            "visual": d["v"], "label": {"7class": seven, "2class": d["y"], "happiness": d["y"]}})
+    path = write(
+        tmp_path,
+        {
+            "trainVid": ids[:6],
+            "valVid": ids[6:8],
+            "testVid": ids[8:],
+            "speaker": d["s"],
+            "text": d["t"],
+            "audio": d["a"],
+            "visual": d["v"],
+            "label": {"7class": seven, "2class": d["y"], "happiness": d["y"]},
+        },
+    )
     corpus = read(path)
     assert corpus.num_classes == 7 and set(corpus.labels) == {5, 6}
-    assert corpus.conversation_ids[corpus.conversations("dev")].tolist() == ids[6:8] and set(corpus.speakers or [0]) == {0}
+    assert corpus.conversation_ids[corpus.conversations("dev")].tolist() == ids[6:8] and set(
+        corpus.speakers or [0]
+    ) == {0}
     for options in ({"emotion": "2class"}, {"num_classes": 2}):
         two = read(path, **options)
         assert two.class_names == ["negative", "positive"]
@@ -163,7 +206,9 @@ def test_four_way_drops_utterances_then_conversations(tmp_path):
     assert four.num_utterances == (six.labels < 4).sum()
     np.testing.assert_array_equal(four.features["a"], six.features["a"][six.labels < 4])
     kept = set(four.conversation_ids)
-    assert [v for v in six.conversation_ids[six.conversations("dev")] if v in kept] == four.conversation_ids[four.conversations("dev")].tolist()
+    assert [v for v in six.conversation_ids[six.conversations("dev")] if v in kept] == four.conversation_ids[
+        four.conversations("dev")
+    ].tolist()
 
 
 def test_four_way_file(tmp_path):
@@ -189,12 +234,17 @@ def test_meld_tuples(tmp_path):
 
 def roberta(ids, seed=5):
     rng = np.random.default_rng(seed)
-    return [{v: rng.standard_normal((len(y), 9)).astype(np.float32) for v, y in conversations(ids)["y"].items()} for _ in range(4)]
+    return [
+        {v: rng.standard_normal((len(y), 9)).astype(np.float32) for v, y in conversations(ids)["y"].items()}
+        for _ in range(4)
+    ]
 
 
 def test_roberta_tuples_and_text_file(tmp_path):
     d, layers = conversations(SES), roberta(SES)
-    path = write(tmp_path, (d["s"], d["y"], *layers, d["w"], TRAIN[:18], TEST, TRAIN[18:]), "iemocap_features_roberta.pkl")
+    path = write(
+        tmp_path, (d["s"], d["y"], *layers, d["w"], TRAIN[:18], TEST, TRAIN[18:]), "iemocap_features_roberta.pkl"
+    )
     corpus = read(path, text_layer=2)
     check(corpus, d | {"t": layers[1]})
     assert corpus.conversation_ids[corpus.conversations("dev")].tolist() == TRAIN[18:]
@@ -219,7 +269,9 @@ def test_mosei_ten_tuple(tmp_path):
     assert corpus.name == "mosei" and corpus.num_classes == 7
     scores = np.concatenate([[y[0] for y in d["y"][v]] for v in ids])
     np.testing.assert_array_equal(corpus.labels, bin_scores(scores, 7))
-    np.testing.assert_allclose(corpus.features["a"], 2 * np.concatenate([np.float32(d["a"][v]) for v in ids]), rtol=1e-6)
+    np.testing.assert_allclose(
+        corpus.features["a"], 2 * np.concatenate([np.float32(d["a"][v]) for v in ids]), rtol=1e-6
+    )
     two = read(path, num_classes=2)
     np.testing.assert_array_equal(two.labels, scores >= 0)
     d["y"][ids[3]][1] = [0.0]
@@ -227,7 +279,9 @@ def test_mosei_ten_tuple(tmp_path):
     dropped = read(path, num_classes=2, neutral="drop")
     assert dropped.num_utterances == len(scores) - sum(y[0] == 0 for v in ids for y in d["y"][v]) < len(scores)
     d["y"][ids[3]][1] = [3.5]
-    with pytest.raises(CorpusError, match="conversation 'vid3', utterance 1: sentiment score 3.5 is out of range -3 to 3"):
+    with pytest.raises(
+        CorpusError, match="conversation 'vid3', utterance 1: sentiment score 3.5 is out of range -3 to 3"
+    ):
         read(write(tmp_path, (d["u"], d["s"], d["y"], d["t"], frames, d["v"], d["w"], ids[:6], ids[6:8], ids[8:])))
 
 
@@ -262,10 +316,14 @@ def records(make):
 
 
 def test_corect(tmp_path):
-    d, data = records(lambda vid, y, s, t, a, v, w: dict(vid=vid, speakers=s, labels=y, audio=a, visual=v, text=t, sentence=w))
+    d, data = records(
+        lambda vid, y, s, t, a, v, w: dict(vid=vid, speakers=s, labels=y, audio=a, visual=v, text=t, sentence=w)
+    )
     corpus = read(write(tmp_path, data))
     check(corpus, d)
-    assert corpus.conversation_ids.tolist() == SES and [len(corpus.conversations(s)) for s in ("train", "dev", "test")] == [17, 3, 4]
+    assert corpus.conversation_ids.tolist() == SES and [
+        len(corpus.conversations(s)) for s in ("train", "dev", "test")
+    ] == [17, 3, 4]
     data["train"][1]["vid"] = data["train"][0]["vid"]
     assert read(write(tmp_path, data)).conversation_ids[1] == SES[0] + "#2"
 
@@ -278,7 +336,9 @@ def test_cogmen_samples(tmp_path, monkeypatch):
 
     def make(vid, y, s, t, a, v, w):
         sample = module.Sample()
-        sample.__dict__.update(vid=vid, speaker=s, label=y, text=w, audio=a, visual=v, sentence=w, sbert_sentence_embeddings=t)
+        sample.__dict__.update(
+            vid=vid, speaker=s, label=y, text=w, audio=a, visual=v, sentence=w, sbert_sentence_embeddings=t
+        )
         return sample
 
     d, data = records(make)
@@ -291,9 +351,16 @@ def test_cogmen_samples(tmp_path, monkeypatch):
 def npz(tmp_path, name="mosi.npz", **changes):
     rng = np.random.default_rng(0)
     arrays = dict(
-        text=rng.standard_normal((40, 3)), audio=rng.standard_normal((40, 2)), visual=rng.standard_normal((40, 4)), label=rng.integers(0, 2, 40),
-        speaker=np.zeros(40, int), conversation_offsets=np.arange(0, 41, 4), conversation_id=[f"c{k}" for k in range(10)],
-        split=["train", "test"] * 5, utterance_id=[f"u{k}" for k in range(40)], label_names=["negative", "positive"],
+        text=rng.standard_normal((40, 3)),
+        audio=rng.standard_normal((40, 2)),
+        visual=rng.standard_normal((40, 4)),
+        label=rng.integers(0, 2, 40),
+        speaker=np.zeros(40, int),
+        conversation_offsets=np.arange(0, 41, 4),
+        conversation_id=[f"c{k}" for k in range(10)],
+        split=["train", "test"] * 5,
+        utterance_id=[f"u{k}" for k in range(40)],
+        label_names=["negative", "positive"],
     )
     arrays.update(changes)
     np.savez(tmp_path / name, **{k: v for k, v in arrays.items() if v is not None})
@@ -318,7 +385,11 @@ def test_npz(tmp_path):
         ({"label_names": None}, {}, "array 'label_names' is missing"),
         ({}, {"num_classes": 7}, "num_classes: expected 2"),
         ({"conversation_id": np.array([{}] * 10, dtype=object)}, {}, "not a readable .npz archive of plain arrays"),
-        ({"text": np.full((40, 3), np.nan)}, {}, "conversation 'c0', utterance 0 (u0): feature 0 of modality 't' is nan"),
+        (
+            {"text": np.full((40, 3), np.nan)},
+            {},
+            "conversation 'c0', utterance 0 (u0): feature 0 of modality 't' is nan",
+        ),
     ],
 )
 def test_bad_npz(tmp_path, changes, options, message):
@@ -355,20 +426,44 @@ BAD = [
     (lambda d: d.pop("testVid"), "key 'testVid' is missing"),
     (lambda d: d["audio"].pop(SES[3]), f"conversation '{SES[3]}': modality 'a' (audio) is missing"),
     (lambda d: put(d, "text", SES[3], []), f"conversation '{SES[3]}' is empty"),
-    (lambda d: put(d, "audio", SES[3], np.zeros((2, 4))), f"conversation '{SES[3]}': 2 utterances in modality 'a', 3 in 't'"),
+    (
+        lambda d: put(d, "audio", SES[3], np.zeros((2, 4))),
+        f"conversation '{SES[3]}': 2 utterances in modality 'a', 3 in 't'",
+    ),
     (lambda d: put(d, "audio", SES[3], np.zeros((3, 7))), "modality 'a' has width"),
     (lambda d: put(d, "audio", SES[3], np.zeros(7), 1), f"conversation '{SES[3]}', audio, utterance 1: width 7"),
-    (lambda d: put(d, "visual", SES[3], "sit", 1), f"conversation '{SES[3]}', visual, utterance 1: expected a vector of numbers, got a str"),
-    (lambda d: put(d, "visual", SES[3], [1, "x"], 1), "utterance 1: expected a vector of numbers, got a list holding a str"),
+    (
+        lambda d: put(d, "visual", SES[3], "sit", 1),
+        f"conversation '{SES[3]}', visual, utterance 1: expected a vector of numbers, got a str",
+    ),
+    (
+        lambda d: put(d, "visual", SES[3], [1, "x"], 1),
+        "utterance 1: expected a vector of numbers, got a list holding a str",
+    ),
     (lambda d: put(d, "visual", SES[3], [10**400] * 5, 1), "a number too large"),
-    (lambda d: put(d, "visual", SES[3], np.float32([0, 0, np.nan, 0, 0]), 1), f"conversation '{SES[3]}', utterance 1: feature 2 of modality 'v' is nan"),
-    (lambda d: put(d, "visual", SES[3], np.float64([0, 0, 0, 0, 1e300]), 1), f"conversation '{SES[3]}', utterance 1: feature 4 of modality 'v' is inf"),
+    (
+        lambda d: put(d, "visual", SES[3], np.float32([0, 0, np.nan, 0, 0]), 1),
+        f"conversation '{SES[3]}', utterance 1: feature 2 of modality 'v' is nan",
+    ),
+    (
+        lambda d: put(d, "visual", SES[3], np.float64([0, 0, 0, 0, 1e300]), 1),
+        f"conversation '{SES[3]}', utterance 1: feature 4 of modality 'v' is inf",
+    ),
     (lambda d: put(d, "label", SES[3], [0, 1]), f"conversation '{SES[3]}': 2 labels for 3 utterances"),
     (lambda d: put(d, "label", SES[3], 6, 2), f"conversation '{SES[3]}', utterance 2: label 6 is out of range 0 to 5"),
-    (lambda d: put(d, "label", SES[3], -1, 2), f"conversation '{SES[3]}', utterance 2: label -1 is out of range 0 to 5"),
-    (lambda d: put(d, "label", SES[3], 0.5, 2), f"conversation '{SES[3]}', utterance 2: label 0.5, expected a whole number"),
+    (
+        lambda d: put(d, "label", SES[3], -1, 2),
+        f"conversation '{SES[3]}', utterance 2: label -1 is out of range 0 to 5",
+    ),
+    (
+        lambda d: put(d, "label", SES[3], 0.5, 2),
+        f"conversation '{SES[3]}', utterance 2: label 0.5, expected a whole number",
+    ),
     (lambda d: put(d, "label", SES[3], float("nan"), 2), f"conversation '{SES[3]}', utterance 2: label nan"),
-    (lambda d: put(d, "label", SES[3], "hap", 2), f"conversation '{SES[3]}', utterance 2: expected a number as label, got a str"),
+    (
+        lambda d: put(d, "label", SES[3], "hap", 2),
+        f"conversation '{SES[3]}', utterance 2: expected a number as label, got a str",
+    ),
     (lambda d: d["label"].pop(SES[3]), f"conversation '{SES[3]}': labels missing"),
     (lambda d: put(d, "speaker", SES[3], ["M"]), f"conversation '{SES[3]}': 1 speakers for 3 utterances"),
     (lambda d: d.update(text=[1]), "text: expected a dictionary by conversation, got a list"),
@@ -411,7 +506,15 @@ def test_bad_options(tmp_path, options, message):
 
 def test_strange_values_are_one_sentence(tmp_path):
     for key in ("text", "label", "speaker"):
-        for value in (np.array(None, dtype=object), np.zeros((3, 1, 1, 4)), {1: 2}, np.array(["a", "b", "c"]), 3, [None] * 3, [[]] * 3):
+        for value in (
+            np.array(None, dtype=object),
+            np.zeros((3, 1, 1, 4)),
+            {1: 2},
+            np.array(["a", "b", "c"]),
+            3,
+            [None] * 3,
+            [[]] * 3,
+        ):
             if key == "speaker" and np.shape(value) == (3,) and np.asarray(value).dtype.kind == "U":
                 continue  # three names are what speakers may be
             path = write(tmp_path, edited(lambda d: put(d, key, SES[3], value)))

@@ -48,9 +48,18 @@ def test_containers_and_scalars(tmp_path, protocol):
     factory = collections.defaultdict(list)
     factory["a"].append(1)
     data = {
-        "set": {1, 2}, "frozen": frozenset([3]), "tuple": (1, 2.5, None, True, 1 << 80), "bytes": b"\0\xff", "empty": b"",
-        "bytearray": bytearray(b"xy"), "complex": 1 + 2j, "ordered": collections.OrderedDict(b=1), "default": factory, "text": "é☃",
-        "scalar": np.float64(2.5), "int": np.int64(7),
+        "set": {1, 2},
+        "frozen": frozenset([3]),
+        "tuple": (1, 2.5, None, True, 1 << 80),
+        "bytes": b"\0\xff",
+        "empty": b"",
+        "bytearray": bytearray(b"xy"),
+        "complex": 1 + 2j,
+        "ordered": collections.OrderedDict(b=1),
+        "default": factory,
+        "text": "é☃",
+        "scalar": np.float64(2.5),
+        "int": np.int64(7),
     }
     got = load(tmp_path, data, protocol)
     assert got == data
@@ -153,11 +162,21 @@ def name(module, attribute):
     "data",
     [
         # an object array whose dtype claims to be plain: its bytes would be taken for pointers
-        raw(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"K\x00\x85U\x01b\x87R(K\x01K\x01\x85", name("numpy", "dtype"),
-            b"U\x02O8K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08AAAAAAAAtb"),
+        raw(
+            name("numpy.core.multiarray", "_reconstruct"),
+            name("numpy", "ndarray"),
+            b"K\x00\x85U\x01b\x87R(K\x01K\x01\x85",
+            name("numpy", "dtype"),
+            b"U\x02O8K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08AAAAAAAAtb",
+        ),
         # a shape beyond its data
-        raw(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"K\x00\x85U\x01b\x87R(K\x01J\xff\xff\xff\x7f\x85",
-            name("numpy", "dtype"), b"U\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08AAAAAAAAtb"),
+        raw(
+            name("numpy.core.multiarray", "_reconstruct"),
+            name("numpy", "ndarray"),
+            b"K\x00\x85U\x01b\x87R(K\x01J\xff\xff\xff\x7f\x85",
+            name("numpy", "dtype"),
+            b"U\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08AAAAAAAAtb",
+        ),
         raw(name("numpy", "dtype"), b"U\x02V8K\x00K\x01\x87R"),  # void
         raw(name("numpy", "ndarray"), b"K\x05\x85R"),  # ndarray(5) reads raw memory
         raw(name("numpy", "ndarray"), b"K\x05\x85\x81"),
