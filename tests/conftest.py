@@ -14,6 +14,8 @@ from ada2i_fast import Ada2IConfig, DialogueBatch
 GOLDEN = Path(__file__).parent / "data" / "golden"
 WIDTHS = {"a": 10, "t": 12, "v": 15}
 
+torch.set_num_threads(1)        # the tensors here are tiny; tests of threading set their own number
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

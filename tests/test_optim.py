@@ -1,0 +1,127 @@
+"""BalancedAdam against the textbook sequence, and the statistics of its noise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, reference
+from ada2i_fast.balance import disparity_ratio, modulation_coefficients
+from conftest import padded_case, small_config, spread_parameters
+
+RATIO = {"a": torch.tensor(1.0), "t": torch.tensor(2.5), "v": torch.tensor(1.2)}
+
+
+def pair(**changes):
+    config = small_config("released", **{**dict(noise="none", clip_norm=0.5), **changes})
+    models = []
+    for _ in range(2):
+        model = Ada2I(config, backend="torch").double()
+        spread_parameters(model)
+        models.append(model)
+    tensors, lengths, labels = padded_case([5, 2, 3])
+    return models, DialogueBatch.from_padded(tensors, lengths, labels)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(clip_order="after"), dict(clip_norm=0.0), dict(clip_norm_type=1.0)],
+                         ids=["released", "clip after", "no clipping", "L1 norm"])
+def test_equals_the_textbook_over_several_steps(changes):
+    (first, second), batch = pair(**changes)
+    adam = torch.optim.Adam(first.parameters(), lr=1e-3, weight_decay=1e-8)
+    balanced = BalancedAdam(second, lr=1e-3)
+    for step in range(4):
+        ratio = None if step == 0 else RATIO            # the first epochs run without modulation
+        for model in (first, second):
+            model.zero_grad()
+            model(batch).loss.backward()
+        norm = reference.balanced_step(first, adam, ratio)
+        balanced.step(ratio)
+        torch.testing.assert_close(balanced.last_norm, norm, rtol=1e-10, atol=0)
+    for (name, p), q in zip(first.named_parameters(), second.parameters()):
+        torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("preset_noise", ["gradient", "parameter"])
+def test_noise_statistics(preset_noise):
+    """Mean 0, the documented spread, independent between tensors and steps."""
+    (model, plain), batch = pair(noise=preset_noise, clip_norm=0.0, weight_decay=0.0)
+    model(batch).loss.backward()
+    lr = 1e-2
+    name = "net.encoder.t.transformer_encoder.layers.0.linear1.weight"
+    p = dict(model.named_parameters())[name]
+    g = p.grad.clone()
+    k = 1 - torch.tanh(model.config.alpha * RATIO["t"]).item()
+    start = p.detach().clone()
+    draws = []
+    for step in range(40):
+        with torch.no_grad():
+            p.copy_(start)
+        p.grad.copy_(g)
+        optimizer = BalancedAdam(model, lr=lr, weight_decay=0.0)
+        optimizer.step(RATIO)
+        if preset_noise == "gradient":
+            draws.append(p.grad - k * g)
+        else:
+            step_of_adam = lr * (k * g) / ((k * g).abs() + 1e-8)          # the first step of Adam
+            draws.append(p.detach() - (start - step_of_adam))
+        for q in model.parameters():
+            if q.grad is not None and q is not p:
+                q.grad.zero_()
+    noise = torch.stack(draws).flatten(1)                                 # 40 x 384: spread known within 2 % (4 sigma)
+    expected = k * g.std() + 1e-8 if preset_noise == "gradient" else lr * g.std()
+    assert noise.std().item() == pytest.approx(expected.item(), rel=0.03)
+    assert abs(noise.mean()) < 4 * expected / noise.numel() ** 0.5
+    correlation = torch.corrcoef(noise).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / noise.shape[1] ** 0.5
+
+
+def test_weakest_modality_keeps_its_gradient_and_gets_noise():
+    (model, _), batch = pair(noise="gradient", clip_norm=0.0)
+    model(batch).loss.backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    BalancedAdam(model).step(RATIO)
+    changed = {name for name, p in model.named_parameters() if p.grad is not None and not torch.equal(p.grad, before[name])}
+    assert changed == {name for name in before if name.startswith("net.encoder")}
+
+
+def test_is_an_ordinary_optimizer():
+    (model, twin), batch = pair()
+    optimizer = BalancedAdam(model)
+    assert optimizer.param_groups[0]["lr"] == model.config.learning_rate
+    assert optimizer.param_groups[0]["weight_decay"] == model.config.weight_decay
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.1, patience=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(batch).loss
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    for _ in range(3):
+        last = optimizer.step(closure=closure)
+    assert last < first
+    scheduler.step(1.0)
+    scheduler.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * model.config.learning_rate)
+
+    twin.load_state_dict(model.state_dict())
+    other = BalancedAdam(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))     # a state_dict refers to the live state
+    for m, o in ((model, optimizer), (twin, other)):
+        m.zero_grad()
+        m(batch).loss.backward()
+        o.step(RATIO)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_ratio_and_coefficients():
+    ratio = disparity_ratio(torch.tensor([2.0, 1.0, 3.0]), "atv")
+    assert {m: r.item() for m, r in ratio.items()} == {"a": 2.0, "t": 1.0, "v": 3.0}
+    k = modulation_coefficients(ratio, 0.42)
+    assert k["t"] == 1 and k["a"].item() == pytest.approx(1 - torch.tanh(torch.tensor(0.84)).item())
+    # any ratio above 1 damps at once (spec section 4): rho = 1.000x gives .603 for alpha .42, .963 for .037
+    assert modulation_coefficients({"a": torch.tensor(1.0001)}, 0.42)["a"].item() == pytest.approx(0.603, abs=1e-3)
+    assert modulation_coefficients({"a": 1.0001}, 0.037)["a"].item() == pytest.approx(0.963, abs=1e-3)
