@@ -1,0 +1,207 @@
+"""L1 loss between Phi(x) and its target in Triton; mathematics and notation in `ada2i_fast.ops.attention_mapping`.
+
+Forward, one launch per distinct pair of width and coefficient, and one sum over the programs' losses:
+
+    map_forward        Phi x in registers, its distance to the target, the sign of the difference as int8
+
+Backward, two launches per distinct pair, for g_Phi is a sum over all rows and comes from partial sums (no float atomics):
+
+    map_backward       g_x, g_target;  in other programs of the launch partial g_Phi, g_phi
+    reduce_splits      g_Phi, g_phi
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import select
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["rows_total"])
+def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coefficient,
+                D: tl.constexpr, COUNT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Grid (cdiv(N, BLOCK_N), COUNT * cdiv(D, BLOCK_D)): a tile of Phi x each. losses: float32, one per program."""
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    local = tl.program_id(1) // D_BLOCKS
+    x = select(local, xs, COUNT)
+    weight = select(local, weights, COUNT)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = (tl.program_id(1) % D_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = rows < rows_total
+
+    mapped = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0.0)
+        block = tl.load(weight + d[None, :] * D + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
+        mapped = tl.dot(x_tile.to(OPERAND), block.to(OPERAND), mapped, input_precision=PRECISION)
+    mapped += tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+    at = rows[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    difference = mapped - tl.load(select(local, targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
+    sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
+    tl.store(select(local, signs, COUNT) + at, sign, mask=mask)
+    distance = tl.sum(tl.sum(tl.where(mask, tl.abs(difference), 0.0), axis=1), axis=0)
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(losses + program, coefficient * distance)
+
+
+@triton.jit(do_not_specialize=["rows_total", "row_blocks", "splits"])
+def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients, rows_total, row_blocks, splits, coefficient,
+                 D: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Grid (row_blocks * COUNT * DB + splits * COUNT * DB * DB,), DB = cdiv(D, BLOCK_D): first a tile of g_x and g_target
+    each, then a tile of g_Phi over one split of the rows each.
+
+    grad_loss: 0-dimensional. gradients: float32 [splits, COUNT, LENGTH], the partial g_Phi [D, D] and g_phi [D] in a row.
+    """
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    factor = coefficient * tl.load(grad_loss).to(tl.float32)
+    program = tl.program_id(0)
+    tiles = row_blocks * (COUNT * D_BLOCKS)
+    if program < tiles:
+        local = program % (COUNT * D_BLOCKS) // D_BLOCKS
+        backward_inputs(select(local, signs, COUNT), select(local, weights, COUNT), select(local, grad_xs, COUNT),
+                        select(local, grad_targets, COUNT), factor, program // (COUNT * D_BLOCKS) * BLOCK_N, rows_total,
+                        program % D_BLOCKS * BLOCK_D, D, OPERAND, PRECISION, BLOCK_N, BLOCK_D, BLOCK_K)
+    else:
+        program -= tiles
+        PER_MODALITY: tl.constexpr = D_BLOCKS * D_BLOCKS
+        split = (program // (COUNT * PER_MODALITY)).to(tl.int64)
+        local = program % (COUNT * PER_MODALITY) // PER_MODALITY
+        place = program % PER_MODALITY
+        per_split = (row_blocks + splits - 1) // splits * BLOCK_N
+        backward_weight(select(local, xs, COUNT), select(local, signs, COUNT), gradients + (split * COUNT + local) * LENGTH,
+                        factor, split * per_split, tl.minimum((split + 1) * per_split, rows_total),
+                        place // D_BLOCKS * BLOCK_D, place % D_BLOCKS * BLOCK_D, D, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def backward_inputs(sign, weight, grad_x, grad_target, factor, row, rows_total, d0, D: tl.constexpr, OPERAND: tl.constexpr,
+                    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of g_x = c S Phi and g_target = -c S."""
+    rows = row.to(tl.int64) + tl.arange(0, BLOCK_N)
+    inside = rows < rows_total
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    own = tl.load(sign + at, mask=mask, other=0).to(tl.float32)
+    tl.store(grad_target + at, (-factor * own).to(grad_target.dtype.element_ty), mask=mask)
+
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        s = tl.load(sign + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0)
+        block = tl.load(weight + k[:, None] * D + d[None, :], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
+        sums = tl.dot(s.to(OPERAND), block.to(OPERAND), sums, input_precision=PRECISION)
+    tl.store(grad_x + at, (factor * sums).to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.constexpr, OPERAND: tl.constexpr,
+                    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of g_Phi[o, d] = c sum_n S[n, o] x[n, d], and g_phi[o], over the rows first ... last - 1."""
+    o = o0 + tl.arange(0, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    bias = tl.zeros((BLOCK_D,), tl.float32)
+    for row in range(first, last, BLOCK_N):
+        rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = rows < last
+        s = tl.load(sign + rows[:, None] * D + o[None, :], mask=inside[:, None] & (o < D)[None, :], other=0)
+        x_tile = tl.load(x + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(s.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
+        bias += tl.sum(s.to(tl.float32), axis=0)
+    tl.store(gradients + o[:, None] * D + d[None, :], factor * sums, mask=(o < D)[:, None] & (d < D)[None, :])
+    if d0 == 0:
+        tl.store(gradients + D * D + o, factor * bias, mask=o < D)
+
+
+# -------------------------------------------------------------------------------------------------------- forward launcher
+
+
+def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor],
+            coefficient: Sequence[float]) -> list[Tensor]:
+    """x, target: M [N, D_j]; weight [D_j, D_j], bias [D_j], all of one dtype (float32, bfloat16, float16); M coefficients.
+
+    Returns the loss, float32, 0-dimensional, and M signs int8 [N, D_j].
+    """
+    x, target, weight, bias = common.contiguous(x, target, weight, bias)
+    rows = x[0].shape[0]
+    sign = [torch.empty_like(t, dtype=torch.int8) for t in x]
+    if rows == 0:
+        return [x[0].new_zeros((), dtype=torch.float32), *sign]
+    meta = constants(x[0].dtype)
+    launches = []
+    programs = 0
+    for group in common.groups((t.shape[1], c) for t, c in zip(x, coefficient)):
+        grid = (triton.cdiv(rows, meta["BLOCK_N"]), len(group) * triton.cdiv(x[group[0]].shape[1], meta["BLOCK_D"]))
+        launches.append((group, grid, programs))
+        programs += grid[0] * grid[1]
+    losses = x[0].new_empty((programs,), dtype=torch.float32)
+    with torch.cuda.device_of(x[0]):
+        for group, grid, first in launches:
+            map_forward[grid](
+                common.pick(x, group), common.pick(target, group), common.pick(weight, group), common.pick(bias, group),
+                common.pick(sign, group), losses[first:], rows, coefficient[group[0]], D=x[group[0]].shape[1],
+                COUNT=len(group), **meta)
+    return [losses.sum(), *sign]
+
+
+# ------------------------------------------------------------------------------------------------------- backward launcher
+
+
+def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor],
+             coefficient: Sequence[float]) -> list[Tensor]:
+    """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`.
+
+    Returns the gradients of x, target, weight and bias, M each, in the dtype of x.
+    """
+    x, sign, weight = common.contiguous(x, sign, weight)
+    rows = x[0].shape[0]
+    grad_x = [torch.empty_like(t) for t in x]
+    grad_target = [torch.empty_like(t) for t in x]
+    grad_weight = [torch.empty_like(t) for t in weight]
+    grad_bias = [t.new_empty((t.shape[0],)) for t in weight]
+    results = [*grad_x, *grad_target, *grad_weight, *grad_bias]
+    if rows == 0:
+        for t in results:
+            t.zero_()
+        return results
+    meta = constants(x[0].dtype)
+    row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
+    splits = min(common.MAX_SPLITS, triton.cdiv(row_blocks, 4))
+    with torch.cuda.device_of(x[0]):
+        for group in common.groups((t.shape[1], c) for t, c in zip(x, coefficient)):
+            width, count = x[group[0]].shape[1], len(group)
+            blocks = triton.cdiv(width, meta["BLOCK_D"])
+            length = triton.cdiv(width * width + width, 4) * 4
+            gradients = x[0].new_empty((splits, count, length), dtype=torch.float32)
+            map_backward[(row_blocks * count * blocks + splits * count * blocks * blocks,)](
+                grad_loss, common.pick(x, group), common.pick(sign, group), common.pick(weight, group),
+                common.pick(grad_x, group), common.pick(grad_target, group), gradients, rows, row_blocks, splits,
+                coefficient[group[0]], D=width, COUNT=count, LENGTH=length, **meta)
+            common.reduce(gradients, [common.pick(grad_weight, group), common.pick(grad_bias, group)])
+    return results
+
+
+def constants(dtype: torch.dtype) -> dict:
+    """Compile-time sizes and modes that the kernels share."""
+    return {"OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype), "BLOCK_N": 32, "BLOCK_D": 64,
+            "BLOCK_K": 32, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def why_not(x: Sequence[Tensor], target: Sequence[Tensor] = (), weight: Sequence[Tensor] = (),
+            bias: Sequence[Tensor] = ()) -> str | None:
+    """Why these kernels cannot serve the tensors, or None."""
+    return common.why_not([*x, *target, *weight, *bias])

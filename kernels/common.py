@@ -1,0 +1,202 @@
+"""What the kernels of several ops share: run-time indexing of tuples, the walk over dialogues, dropout, split reductions.
+
+Modalities of one width go into one launch: their tensors are passed as tuples, and a program picks its own by a run-time
+index. So the number of launches depends on the number of distinct widths, not on the number of modalities.
+
+Widths, rank and modes are compile-time constants, numbers of rows and dialogues are not: batches never recompile, except
+that there are three sizes of row tiles (`rows_per_block`).
+
+Row tiles follow dialogues without a table and without asking the device for lengths. Dialogue b may use the tile indices
+from offsets[b] // BLOCK_N + b on: rows floor(offsets / BLOCK_N) advance at least once per full block, and the `+ b` leaves
+room for the one partial block, so dialogues never share an index and N // BLOCK_N + B indices suffice for every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ada2i_fast.ops.dropout import threshold
+
+MAX_RANK = 32
+MAX_PARTS = 32      # partial sums per dialogue: bounds what a reader adds up, so long dialogues stay linear
+MAX_SPLITS = 32     # partial weight gradients
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = triton.knobs.runtime.interpret
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def select(index, items, COUNT: tl.constexpr):
+    """items[index] at run time; items: a tuple of COUNT pointers or integers."""
+    chosen = items[0]
+    for m in tl.static_range(1, COUNT):
+        chosen = tl.where(index == m, items[m], chosen)
+    return chosen
+
+
+@triton.jit
+def lookup(index, TABLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN: tl.constexpr):
+    """TABLE[index, COLUMN] at run time; TABLE: a flat tuple of ROWS * COLUMNS integers."""
+    value = index * 0 + TABLE[COLUMN]
+    for row in tl.static_range(1, ROWS):
+        value = tl.where(index == row, TABLE[row * COLUMNS + COLUMN], value)
+    return value
+
+
+@triton.jit
+def locate(tile, offsets, dialogues, BLOCK_N: tl.constexpr):
+    """The dialogue that owns a tile index: (dialogue, its first tile index, its first row, the row after its last), int64.
+
+    A 128-ary search: one round of loads for up to 128 dialogues, two up to 16,384.
+    """
+    LANES: tl.constexpr = 128
+    lane = tl.arange(0, LANES)
+    low = tl.full((), 0, tl.int32)
+    count = tl.full((), 0, tl.int32) + dialogues
+    while count > 1:
+        step = (count + LANES - 1) // LANES
+        candidate = low + lane * step
+        inside = lane * step < count
+        first_tile = tl.load(offsets + candidate, mask=inside, other=0) // BLOCK_N + candidate
+        last = tl.sum((inside & (first_tile <= tile)).to(tl.int32), axis=0) - 1
+        low += last * step
+        count = tl.minimum(step, count - last * step)
+    start = tl.load(offsets + low)
+    end = tl.load(offsets + low + 1)
+    return low.to(tl.int64), start // BLOCK_N + low, start, end
+
+
+@triton.jit
+def part_rows(length, BLOCK_N: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """Rows per part when a dialogue is cut into at most MAX_PARTS parts of whole blocks; at least one block."""
+    blocks = (length + BLOCK_N - 1) // BLOCK_N
+    return tl.maximum((blocks + MAX_PARTS - 1) // MAX_PARTS, 1) * BLOCK_N
+
+
+@triton.jit
+def keep(seed, stream, rows, d0, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`ada2i_fast.ops.dropout.keep_mask` for rows [BLOCK_N] (int64) and columns d0 ... d0 + BLOCK_D - 1; d0 % 4 == 0."""
+    key = tl.load(seed)
+    shape: tl.constexpr = (BLOCK_N, BLOCK_D // 4)
+    block = (d0 // 4 + tl.arange(0, BLOCK_D // 4)).to(tl.uint32)
+    c0 = tl.broadcast_to(block[None, :], shape)
+    c1 = tl.broadcast_to((rows & 0xFFFFFFFF).to(tl.uint32)[:, None], shape)
+    c2 = tl.broadcast_to((rows >> 32).to(tl.uint32)[:, None], shape)
+    c3 = tl.zeros(shape, tl.uint32) + stream.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, c3)
+    # join appends an axis: [.., a, b] of join(join(w0, w2), join(w1, w3)) is word 2 a + b.
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_N, BLOCK_D))
+    return words >= tl.full((BLOCK_N, BLOCK_D), THRESHOLD, tl.uint32)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def reduce_splits(partial, outputs, splits, LENGTH: tl.constexpr, BOUNDS: tl.constexpr, KINDS: tl.constexpr,
+                  GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up partial gradients in a fixed order. Grid (cdiv(LENGTH, BLOCK), GROUP).
+
+    partial: float32 [splits, GROUP, LENGTH]; columns BOUNDS[k]:BOUNDS[k + 1] belong to outputs[k * GROUP + j].
+    """
+    j = tl.program_id(1)
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < LENGTH
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = partial + j * LENGTH + column
+    for _ in range(splits):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += GROUP * LENGTH
+    for kind in tl.static_range(KINDS):
+        output = outputs[kind * GROUP]
+        for m in tl.static_range(1, GROUP):
+            output = tl.where(j == m, outputs[kind * GROUP + m], output)
+        mine = (column >= BOUNDS[kind]) & (column < BOUNDS[kind + 1])
+        tl.store(output + (column - BOUNDS[kind]), total.to(output.dtype.element_ty), mask=mine)
+
+
+# -------------------------------------------------------------------------------------------------------------- launchers
+
+
+def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]]) -> None:
+    """partial: float32 [splits, G, >= sum of sizes]; outputs: kinds of G tensors each, in the order of the columns."""
+    splits, group, length = partial.shape
+    bounds = [0]
+    for kind in outputs:
+        bounds.append(bounds[-1] + kind[0].numel())
+    block = 512
+    reduce_splits[(triton.cdiv(length, block), group)](
+        partial, tuple(t for kind in outputs for t in kind), splits, LENGTH=length, BOUNDS=tuple(bounds), KINDS=len(outputs),
+        GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=True)
+
+
+def groups(keys: Iterable) -> list[tuple[int, ...]]:
+    """Positions of equal keys, one group per launch, in order of first appearance."""
+    found: dict = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return [tuple(positions) for positions in found.values()]
+
+
+def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[t.contiguous() for t in tensors] for tensors in lists]
+
+
+def pick(tensors: Sequence[Tensor], group: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(tensors[j] for j in group)
+
+
+def rows_per_block(rows: int, dialogues: int) -> int:
+    """16, 32 or 64 utterances per tile: the power of two that fits the mean dialogue. At most three specialisations."""
+    mean = rows // max(dialogues, 1)
+    return 64 if mean > 32 else 32 if mean > 16 else 16
+
+
+def storage_operand(dtype: torch.dtype) -> tl.dtype:
+    """Operand type of products whose factors are both read from storage, and so are exact in it.
+
+    The interpreter keeps bfloat16 as bit patterns and multiplies those; there the factors are widened first.
+    """
+    return tl.float32 if INTERPRETED else _TRITON[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Tensor-core mode of float32 products.
+
+    float32 storage: "ieee", or "tf32" where PyTorch's own float32 products may use it. 16-bit storage: "tf32", whose
+    significand holds at least as many bits as that of storage.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def dropout_arguments(dropout: float) -> dict:
+    return {"THRESHOLD": threshold(dropout), "DROPOUT": dropout > 0.0}
+
+
+def why_not(tensors: Sequence[Tensor | None], rank: int | None = None) -> str | None:
+    """Why Triton cannot serve these tensors, or None. Looks at metadata only."""
+    present = [t for t in tensors if t is not None]
+    first = present[0]
+    for t in present:
+        if t.device != first.device:
+            return f"tensors on {first.device} and {t.device}"
+    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
+        return f"device {first.device.type}: Triton kernels need CUDA, or TRITON_INTERPRET=1 on the CPU"
+    if first.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "compute capability below 8.0"
+    floating = [t.dtype for t in present if t.is_floating_point()]
+    for dtype in floating:
+        if dtype not in DTYPES:
+            return f"dtype {dtype}: float32, bfloat16 and float16 only"
+        if dtype != floating[0]:
+            return f"mixed dtypes {floating[0]} and {dtype}"
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        return f"rank {rank}: 1 to {MAX_RANK} only"
+    return None

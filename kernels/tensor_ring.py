@@ -1,0 +1,645 @@
+"""Tensor ring and gate in Triton; mathematics and notation in `ada2i_fast.ops.tensor_ring`.
+
+Forward, two launches per distinct width: a mean over a dialogue has to be complete before any of its rows can use it.
+
+    project         q1, q2, k1, k2 of each row;  sum u v^T of each part of a dialogue
+    contract        A = s / N_b sum of the parts;  w = s C^T v;  bilinear map, gate, dropout
+
+Backward, three: g_C is a sum over a dialogue, the weight gradients are sums over all rows and come from partial sums
+(no float atomics, so the same input gives the same bits).
+
+    backward_rows      element-wise gradients;  S = g_att W;  g_u, g_v, w;  sum v g_w^T of each part of a dialogue
+    backward_weights   g_A, g_q1 .. g_k2, g_x and partial g_P, g_p;  in other programs of the launch partial g_W, g_c
+    reduce_splits      g_P, g_p, g_W, g_c
+
+The map R^2 -> D is a product whose left factor u_k w_o is made in registers, KB values of k at a time. RP pads R for products
+over R (tensor cores want 16), RO pads o inside the map, where 8 will do.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import keep, locate, lookup, part_rows, select
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def load_projection(proj, rows, inside, PART: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+    """q1, q2, k1 or k2 (PART 0 .. 3) of rows [BLOCK_N]: float32 [BLOCK_N, RP], 0 outside."""
+    r = tl.arange(0, RP)
+    return tl.load(proj + rows[:, None] * (4 * R) + PART * R + r[None, :], mask=inside[:, None] & (r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def load_core(proj, rows, inside, k0, R: tl.constexpr, KB: tl.constexpr):
+    """u_k for k0 <= k < k0 + KB: float32 [BLOCK_N, KB]."""
+    k = k0 + tl.arange(0, KB)
+    mask = inside[:, None] & (k < R)[None, :]
+    at = proj + rows[:, None] * (4 * R) + k[None, :]
+    return tl.load(at, mask=mask, other=0.0) * tl.load(at + 2 * R, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_square(at, R: tl.constexpr, RP: tl.constexpr):
+    """An R x R matrix, padded with zeros to RP x RP."""
+    k = tl.arange(0, RP)[:, None]
+    o = tl.arange(0, RP)[None, :]
+    return tl.load(at + k * R + o, mask=(k < R) & (o < R), other=0.0)
+
+
+@triton.jit
+def store_square(at, value, R: tl.constexpr, RP: tl.constexpr):
+    k = tl.arange(0, RP)[:, None]
+    o = tl.arange(0, RP)[None, :]
+    tl.store(at + k * R + o, value, mask=(k < R) & (o < R))
+
+
+@triton.jit
+def sum_parts(partial, first, parts, R: tl.constexpr, RP: tl.constexpr):
+    """The sum of `parts` matrices from index `first` on, always in the same order."""
+    total = tl.zeros((RP, RP), tl.float32)
+    for part in range(parts):
+        total += load_square(partial + (first + part) * (R * R), R, RP)
+    return total
+
+
+@triton.jit
+def contracted(averages, dialogue, j, RING: tl.constexpr, M: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """C_j of a dialogue, M > 1."""
+    at = dialogue * (R * R)
+    c = load_square(select(lookup(j, RING, M, M - 1, 0), averages, M) + at, R, RP)
+    for p in tl.static_range(1, M - 1):
+        a = load_square(select(lookup(j, RING, M, M - 1, p), averages, M) + at, R, RP)
+        c = tl.dot(c, a, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def narrow(a, BLOCK_N: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr):
+    """The first RO of RP columns; RP is RO or 2 RO."""
+    if RO == RP:
+        return a
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(a, (BLOCK_N, 2, RO)), (0, 2, 1)))
+        return first
+
+
+@triton.jit
+def widen(a, BLOCK_N: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr):
+    """Zero columns up to RP; RP is RO or 2 RO."""
+    if RO == RP:
+        return a
+    else:
+        return tl.reshape(tl.permute(tl.join(a, tl.zeros_like(a)), (0, 2, 1)), (BLOCK_N, RP))
+
+
+@triton.jit
+def outer(u, w, BLOCK_N: tl.constexpr, KB: tl.constexpr, RO: tl.constexpr):
+    """u_k w_o: [BLOCK_N, KB * RO]."""
+    return tl.reshape(u[:, :, None] * w[:, None, :], (BLOCK_N, KB * RO))
+
+
+@triton.jit
+def map_columns(k0, R: tl.constexpr, KB: tl.constexpr, RO: tl.constexpr):
+    """Columns k R + o of the map's weight that belong to `outer`, and which of them exist."""
+    i = tl.arange(0, KB * RO)
+    k = k0 + i // RO
+    o = i % RO
+    return k * R + o, (k < R) & (o < R)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles"])
+def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles,
+            D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr,
+            MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_D: tl.constexpr):
+    """Grid (tiles, COUNT): one program per part of a dialogue and modality. partial: float32 [M, tiles, R, R]."""
+    tile = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1)
+    x = select(local, xs, COUNT)
+    weight = select(local, weights, COUNT)
+    bias = select(local, biases, COUNT)
+    proj = select(local, projections, COUNT)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+
+    dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    step = part_rows(end - start, BLOCK_N, MAX_PARTS)
+    first = start + (tile - first_tile) * step
+    last = tl.minimum(first + step, end)
+    if first >= last:
+        return
+
+    r = tl.arange(0, RP)
+    real = r < R
+    b_q1 = tl.load(bias + r, mask=real, other=0.0).to(tl.float32)
+    b_q2 = tl.load(bias + R + r, mask=real, other=0.0).to(tl.float32)
+    b_k1 = tl.load(bias + 2 * R + r, mask=real, other=0.0).to(tl.float32)
+    b_k2 = tl.load(bias + 3 * R + r, mask=real, other=0.0).to(tl.float32)
+    sums = tl.zeros((RP, RP), tl.float32)
+    for row in range(first, last, BLOCK_N):
+        rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = rows < last
+        q1 = tl.zeros((BLOCK_N, RP), tl.float32)
+        q2 = tl.zeros((BLOCK_N, RP), tl.float32)
+        k1 = tl.zeros((BLOCK_N, RP), tl.float32)
+        k2 = tl.zeros((BLOCK_N, RP), tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            x_tile = tl.load(x + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(OPERAND)
+            at = weight + r[None, :] * D + d[:, None]
+            mask = real[None, :] & (d < D)[:, None]
+            q1 = tl.dot(x_tile, tl.load(at, mask=mask, other=0.0).to(OPERAND), q1, input_precision=PRECISION)
+            q2 = tl.dot(x_tile, tl.load(at + R * D, mask=mask, other=0.0).to(OPERAND), q2, input_precision=PRECISION)
+            k1 = tl.dot(x_tile, tl.load(at + 2 * R * D, mask=mask, other=0.0).to(OPERAND), k1, input_precision=PRECISION)
+            k2 = tl.dot(x_tile, tl.load(at + 3 * R * D, mask=mask, other=0.0).to(OPERAND), k2, input_precision=PRECISION)
+        q1 += b_q1[None, :]
+        q2 += b_q2[None, :]
+        k1 += b_k1[None, :]
+        k2 += b_k2[None, :]
+        at_row = proj + rows[:, None] * (4 * R) + r[None, :]
+        mask_row = inside[:, None] & real[None, :]
+        tl.store(at_row, q1, mask=mask_row)
+        tl.store(at_row + R, q2, mask=mask_row)
+        tl.store(at_row + 2 * R, k1, mask=mask_row)
+        tl.store(at_row + 3 * R, k2, mask=mask_row)
+        # Rows past the part hold the biases' products: out of the sum with them.
+        u = tl.where(inside[:, None], q1 * k1, 0.0)
+        sums = tl.dot(tl.trans(u), q2 * k2, sums, input_precision=PRECISION)
+    store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles"])
+def contract(xs, offsets, projections, weights, biases, partial, averages, attentions, targets, outs, seed, dialogues, tiles,
+             scale, beta, keep_scale,
+             D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
+             RING: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, MAX_PARTS: tl.constexpr, GATED: tl.constexpr,
+             DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr):
+    """Grid (tiles, COUNT * cdiv(D, BLOCK_D)): one program per block of a dialogue's rows, modality and block of columns.
+
+    GATED: store the gated output before dropout as a target too. averages: COUNT pointers, the modalities of the group.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    local = tl.program_id(1) // D_BLOCKS
+    d0 = (tl.program_id(1) % D_BLOCKS) * BLOCK_D
+    x = select(local, xs, COUNT)
+    proj = select(local, projections, COUNT)
+    weight = select(local, weights, COUNT)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+
+    dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    length = end - start
+    step = part_rows(length, BLOCK_N, MAX_PARTS)
+    parts = (length + step - 1) // step
+    factor = scale / tl.maximum(length, 1).to(tl.float32)
+    if (tile == first_tile) & (d0 == 0):
+        # Backward's copy. Written for empty dialogues too: zero.
+        mean = factor * sum_parts(partial, j * tiles + first_tile, parts, R, RP)
+        store_square(select(local, averages, COUNT) + dialogue * (R * R), mean, R, RP)
+    row = start + (tile - first_tile) * BLOCK_N
+    if row >= end:
+        return
+
+    rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = rows < end
+    v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
+    if M > 1:
+        c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
+        for p in tl.static_range(1, M - 1):
+            a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
+            c = tl.dot(c, a, input_precision=PRECISION)
+        v = tl.dot(v, c, input_precision=PRECISION)
+    w = narrow(scale * v, BLOCK_N, RP, RO)
+
+    d = d0 + tl.arange(0, BLOCK_D)
+    attention = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k0 in range(0, R, KB):
+        column, real = map_columns(k0, R, KB, RO)
+        factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
+        block = tl.load(weight + d[None, :] * (R * R) + column[:, None], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        attention = tl.dot(factors, block.to(tl.float32), attention, input_precision=PRECISION)
+    attention += tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+    at = rows[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    gated = attention * x_tile + beta * x_tile
+    kind = x.dtype.element_ty
+    tl.store(select(local, attentions, COUNT) + at, attention.to(kind), mask=mask)
+    if GATED:
+        tl.store(select(local, targets, COUNT) + at, gated.to(kind), mask=mask)
+    if DROPOUT:
+        kept = keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D)
+        gated = tl.where(kept, gated * keep_scale, 0.0)
+    tl.store(select(local, outs, COUNT) + at, gated.to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total"])
+def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, attentions, weights, grad_xs, grad_attention,
+                  vectors, partial, seed, dialogues, tiles, rows_total, scale, beta, keep_scale,
+                  D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
+                  RING: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, MAX_PARTS: tl.constexpr,
+                  HAS_TARGET: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr,
+                  OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid (tiles, COUNT), as `project`. averages: all M; other tuples: the group.
+
+    grad_xs receive the gate's share, g_gated (att + beta); grad_attention [COUNT, N, D] in the dtype of x;
+    vectors: float32 [COUNT, N, 3 R], g_u, g_v (without the means' share) and w; partial: float32 [M, tiles, R, R], the
+    parts of g_C.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1)
+    x = select(local, xs, COUNT)
+    grad_out = select(local, grad_outs, COUNT)
+    attention = select(local, attentions, COUNT)
+    grad_x = select(local, grad_xs, COUNT)
+    weight = select(local, weights, COUNT)
+    proj = select(local, projections, COUNT)
+    grad_attention += local.to(tl.int64) * rows_total * D
+    vectors += local.to(tl.int64) * rows_total * (3 * R)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    kind = x.dtype.element_ty
+
+    dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    step = part_rows(end - start, BLOCK_N, MAX_PARTS)
+    first = start + (tile - first_tile) * step
+    last = tl.minimum(first + step, end)
+    if first >= last:
+        return
+
+    r = tl.arange(0, RP)
+    if M > 1:
+        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
+    grad_c = tl.zeros((RP, RP), tl.float32)
+    for row in range(first, last, BLOCK_N):
+        rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = rows < last
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            at = rows[:, None] * D + d[None, :]
+            mask = inside[:, None] & (d < D)[None, :]
+            g = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+            if DROPOUT:
+                g = tl.where(keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D), g * keep_scale, 0.0)
+            if HAS_TARGET:
+                t = tl.load(select(local, grad_targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
+                if GATED:
+                    g += t
+            g_att = g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if HAS_TARGET:
+                if not GATED:
+                    g_att += t
+            g_x = g * (tl.load(attention + at, mask=mask, other=0.0).to(tl.float32) + beta)
+            tl.store(grad_attention + at, g_att.to(kind), mask=mask)
+            tl.store(grad_x + at, g_x.to(kind), mask=mask)
+        # Other threads of the program read what these wrote.
+        tl.debug_barrier()
+
+        v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
+        if M > 1:
+            w = narrow(scale * tl.dot(v, c, input_precision=PRECISION), BLOCK_N, RP, RO)
+        else:
+            w = narrow(scale * v, BLOCK_N, RP, RO)
+        g_w = tl.zeros((BLOCK_N, RO), tl.float32)
+        at_row = vectors + rows[:, None] * (3 * R)
+        for k0 in range(0, R, KB):
+            column, real = map_columns(k0, R, KB, RO)
+            s = tl.zeros((BLOCK_N, KB * RO), tl.float32)
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                g_att = tl.load(grad_attention + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :],
+                                other=0.0)
+                block = tl.load(weight + d[:, None] * (R * R) + column[None, :], mask=(d < D)[:, None] & real[None, :],
+                                other=0.0)
+                s = tl.dot(g_att.to(OPERAND), block.to(OPERAND), s, input_precision=PRECISION)
+            s = tl.reshape(s, (BLOCK_N, KB, RO))
+            k = k0 + tl.arange(0, KB)
+            g_u = tl.sum(s * w[:, None, :], axis=2)
+            tl.store(at_row + k[None, :], g_u, mask=inside[:, None] & (k < R)[None, :])
+            g_w += tl.sum(s * load_core(proj, rows, inside, k0, R, KB)[:, :, None], axis=1)
+        o = tl.arange(0, RO)
+        tl.store(at_row + 2 * R + o[None, :], w, mask=inside[:, None] & (o < R)[None, :])
+        g_v = scale * widen(g_w, BLOCK_N, RP, RO)
+        if M > 1:
+            grad_c = tl.dot(tl.trans(v), g_v, grad_c, input_precision=PRECISION)
+            g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
+        tl.store(at_row + R + r[None, :], g_v, mask=inside[:, None] & (r < R)[None, :])
+    if M > 1:
+        store_square(partial + (j * tiles + tile) * (R * R), grad_c, R, RP)
+
+
+@triton.jit
+def grad_average(partial, averages, dialogue, first_tile, parts, tiles, j, PATH: tl.constexpr, M: tl.constexpr,
+                 R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr):
+    """g_A of modality j: its share in the ring of each other modality, by the product rule.
+
+    In C = A_1 .. A_p .. A_m the share of A_p is (A_1 .. A_{p-1})^T g_C (A_{p+1} .. A_m)^T; PATH (from `ring_path`) names the
+    factors in the order in which they are applied and the side of each.
+    """
+    total = tl.zeros((RP, RP), tl.float32)
+    for i in tl.static_range(M - 1):
+        g = sum_parts(partial, (j + 1 + i) % M * tiles + first_tile, parts, R, RP)
+        for p in tl.static_range(M - 2):
+            code = lookup(j, PATH, M, (M - 1) * (M - 2), i * (M - 2) + p)
+            a = tl.trans(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP))
+            if code % 2 == 0:
+                g = tl.dot(a, g, input_precision=PRECISION)
+            else:
+                g = tl.dot(g, a, input_precision=PRECISION)
+        total += g
+    return total
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits"])
+def backward_weights(xs, offsets, projections, averages, proj_weights, grad_xs, grad_attention, vectors, partial, gradients,
+                     dialogues, tiles, rows_total, splits, scale,
+                     D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
+                     PATH: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, LENGTH: tl.constexpr,
+                     MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_D: tl.constexpr):
+    """Grid (COUNT * cdiv(D, BLOCK_D) * (1 + cdiv(R, KB)), splits): per modality and block of columns one program for the
+    projections, then one per KB values of k for the map; each walks its split of the rows.
+
+    gradients: float32 [splits, COUNT, LENGTH], the partial g_P [4 R, D], g_p [4 R], g_W [D, R R], g_c [D] in a row.
+    """
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    K_BLOCKS: tl.constexpr = (R + KB - 1) // KB
+    local = tl.program_id(0) // (D_BLOCKS * (1 + K_BLOCKS))
+    role = tl.program_id(0) % (D_BLOCKS * (1 + K_BLOCKS))
+    split = tl.program_id(1).to(tl.int64)
+    proj = select(local, projections, COUNT)
+    vectors += local.to(tl.int64) * rows_total * (3 * R)
+    gradients += (split * COUNT + local) * LENGTH
+    if role < D_BLOCKS:
+        per_split = (tiles + splits - 1) // splits
+        j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+        backward_projections(select(local, xs, COUNT), offsets, proj, averages, select(local, proj_weights, COUNT),
+                             select(local, grad_xs, COUNT), vectors, partial, gradients, split * per_split,
+                             tl.minimum((split + 1) * per_split, tiles), dialogues, tiles, scale, j, role * BLOCK_D,
+                             D, R, RP, M, PATH, MAX_PARTS, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+    else:
+        blocks = (rows_total + BLOCK_N - 1) // BLOCK_N
+        per_split = (blocks + splits - 1) // splits * BLOCK_N
+        grad_attention += local.to(tl.int64) * rows_total * D
+        backward_map(proj, grad_attention, vectors, gradients + (4 * R * D + 4 * R), split * per_split,
+                     tl.minimum((split + 1) * per_split, rows_total), (role - D_BLOCKS) // K_BLOCKS * BLOCK_D,
+                     (role - D_BLOCKS) % K_BLOCKS * KB, D, R, RO, KB, PRECISION, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, partial, gradients, first, last, dialogues, tiles,
+                         scale, j, d0, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
+                         PATH: tl.constexpr, MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """g_x += P^T g_q and the partial g_P = g_q^T x, g_p over the tiles first ... last - 1, one block of columns."""
+    r = tl.arange(0, RP)
+    d = d0 + tl.arange(0, BLOCK_D)
+    at_weight = r[:, None] * D + d[None, :]
+    mask_weight = (r < R)[:, None] & (d < D)[None, :]
+    sum_q1 = tl.zeros((RP, BLOCK_D), tl.float32)
+    sum_q2 = tl.zeros((RP, BLOCK_D), tl.float32)
+    sum_k1 = tl.zeros((RP, BLOCK_D), tl.float32)
+    sum_k2 = tl.zeros((RP, BLOCK_D), tl.float32)
+    bias_q1 = tl.zeros((RP,), tl.float32)
+    bias_q2 = tl.zeros((RP,), tl.float32)
+    bias_k1 = tl.zeros((RP,), tl.float32)
+    bias_k2 = tl.zeros((RP,), tl.float32)
+    for tile in range(first, last):
+        dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+        row = start + (tile - first_tile) * BLOCK_N
+        if row < end:
+            rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+            inside = rows < end
+            q1 = load_projection(proj, rows, inside, 0, R, RP)
+            q2 = load_projection(proj, rows, inside, 1, R, RP)
+            k1 = load_projection(proj, rows, inside, 2, R, RP)
+            k2 = load_projection(proj, rows, inside, 3, R, RP)
+            at_row = vectors + rows[:, None] * (3 * R) + r[None, :]
+            mask_row = inside[:, None] & (r < R)[None, :]
+            g_u = tl.load(at_row, mask=mask_row, other=0.0)
+            g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
+            if M > 1:
+                length = end - start
+                step = part_rows(length, BLOCK_N, MAX_PARTS)
+                parts = (length + step - 1) // step
+                g_a = grad_average(partial, averages, dialogue, first_tile, parts, tiles, j, PATH, M, R, RP, PRECISION)
+                g_a = g_a * (scale / length.to(tl.float32))
+                g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
+                g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
+            g_q1 = g_u * k1
+            g_q2 = g_v * k2
+            g_k1 = g_u * q1
+            g_k2 = g_v * q2
+
+            at = rows[:, None] * D + d[None, :]
+            mask = inside[:, None] & (d < D)[None, :]
+            g_x = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
+            p_q1 = tl.load(weight + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            g_x = tl.dot(g_q1, p_q1, g_x, input_precision=PRECISION)
+            p_q2 = tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            g_x = tl.dot(g_q2, p_q2, g_x, input_precision=PRECISION)
+            p_k1 = tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            g_x = tl.dot(g_k1, p_k1, g_x, input_precision=PRECISION)
+            p_k2 = tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            g_x = tl.dot(g_k2, p_k2, g_x, input_precision=PRECISION)
+            tl.store(grad_x + at, g_x.to(grad_x.dtype.element_ty), mask=mask)
+
+            x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            sum_q1 = tl.dot(tl.trans(g_q1), x_tile, sum_q1, input_precision=PRECISION)
+            sum_q2 = tl.dot(tl.trans(g_q2), x_tile, sum_q2, input_precision=PRECISION)
+            sum_k1 = tl.dot(tl.trans(g_k1), x_tile, sum_k1, input_precision=PRECISION)
+            sum_k2 = tl.dot(tl.trans(g_k2), x_tile, sum_k2, input_precision=PRECISION)
+            bias_q1 += tl.sum(g_q1, axis=0)
+            bias_q2 += tl.sum(g_q2, axis=0)
+            bias_k1 += tl.sum(g_k1, axis=0)
+            bias_k2 += tl.sum(g_k2, axis=0)
+    tl.store(gradients + at_weight, sum_q1, mask=mask_weight)
+    tl.store(gradients + R * D + at_weight, sum_q2, mask=mask_weight)
+    tl.store(gradients + 2 * R * D + at_weight, sum_k1, mask=mask_weight)
+    tl.store(gradients + 3 * R * D + at_weight, sum_k2, mask=mask_weight)
+    if d0 == 0:
+        at_bias = gradients + 4 * R * D + r
+        tl.store(at_bias, bias_q1, mask=r < R)
+        tl.store(at_bias + R, bias_q2, mask=r < R)
+        tl.store(at_bias + 2 * R, bias_k1, mask=r < R)
+        tl.store(at_bias + 3 * R, bias_k2, mask=r < R)
+
+
+@triton.jit
+def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, D: tl.constexpr, R: tl.constexpr,
+                 RO: tl.constexpr, KB: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Partial g_W[d, k, o] = sum_n g_att_d u_k w_o and g_c over the rows first ... last - 1, one block of d and of k."""
+    d = d0 + tl.arange(0, BLOCK_D)
+    o = tl.arange(0, RO)
+    sums = tl.zeros((BLOCK_D, KB * RO), tl.float32)
+    bias = tl.zeros((BLOCK_D,), tl.float32)
+    for row in range(first, last, BLOCK_N):
+        rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = rows < last
+        g_att = tl.load(grad_attention + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :],
+                        other=0.0).to(tl.float32)
+        w = tl.load(vectors + rows[:, None] * (3 * R) + 2 * R + o[None, :], mask=inside[:, None] & (o < R)[None, :], other=0.0)
+        factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
+        sums = tl.dot(tl.trans(g_att), factors, sums, input_precision=PRECISION)
+        bias += tl.sum(g_att, axis=0)
+    column, real = map_columns(k0, R, KB, RO)
+    tl.store(gradients + d[:, None] * (R * R) + column[None, :], sums, mask=(d < D)[:, None] & real[None, :])
+    if k0 == 0:
+        tl.store(gradients + D * R * R + d, bias, mask=d < D)
+
+
+# -------------------------------------------------------------------------------------------------------- forward launcher
+
+
+def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
+            map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
+            dropout: float, seed: Tensor | None, gated_target: bool, with_target: bool) -> list[Tensor]:
+    """One AFW layer, M modalities.
+
+    x: M [N, D_j]; offsets int64 [B + 1]; proj_weight [4 R, D_j], proj_bias [4 R]; map_weight [D_j, R R], map_bias [D_j], all of
+    one dtype (float32, bfloat16, float16); ring: M (M - 1) positions, row j the others in the order of contraction; seed: int64
+    [1], needed where dropout > 0.
+
+    Returns M out [N, D_j]; with_target: M targets; then M projections float32 [N, 4 R], M averages A float32 [B, R, R], M
+    attentions [N, D_j] (the targets themselves where the target is the attention).
+    """
+    x, proj_weight, proj_bias, map_weight, map_bias = common.contiguous(x, proj_weight, proj_bias, map_weight, map_bias)
+    offsets = offsets.contiguous()
+    m, rows, dialogues = len(x), x[0].shape[0], offsets.numel() - 1
+    rank = proj_bias[0].numel() // 4
+    out = [torch.empty_like(t) for t in x]
+    attention = [torch.empty_like(t) for t in x]
+    gated = gated_target and with_target
+    target = [torch.empty_like(t) for t in x] if gated else attention
+    proj = [t.new_empty((rows, 4 * rank), dtype=torch.float32) for t in x]
+    average = [t.new_empty((dialogues, rank, rank), dtype=torch.float32) for t in x]
+    if rows == 0:
+        for t in average:
+            t.zero_()
+    else:
+        block_n = common.rows_per_block(rows, dialogues)
+        tiles = rows // block_n + dialogues
+        partial = x[0].new_empty((m, tiles, rank, rank), dtype=torch.float32)
+        meta = constants(x[0].dtype, rank, m, block_n)
+        with torch.cuda.device_of(x[0]):
+            together = common.groups(t.shape[1] for t in x)
+            for group in together:
+                width = x[group[0]].shape[1]
+                project[(tiles, len(group))](
+                    common.pick(x, group), offsets, common.pick(proj_weight, group), common.pick(proj_bias, group), common.pick(proj, group), partial,
+                    dialogues, tiles, D=width, COUNT=len(group), GROUP=group, BLOCK_D=64, num_warps=4,
+                    **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N enable_fp_fusion"))
+            for group in together:
+                width = x[group[0]].shape[1]
+                contract[(tiles, len(group) * triton.cdiv(width, 64))](
+                    common.pick(x, group), offsets, common.pick(proj, group), common.pick(map_weight, group), common.pick(map_bias, group), partial,
+                    common.pick(average, group), common.pick(attention, group), common.pick(target, group), common.pick(out, group), seed, dialogues,
+                    tiles, scale, beta, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0, D=width, RING=tuple(ring) or (0,),
+                    COUNT=len(group), GROUP=group, GATED=gated, BLOCK_D=64, num_warps=4, **common.dropout_arguments(dropout),
+                    **only(meta, "R RP RO KB M MAX_PARTS PRECISION BLOCK_N enable_fp_fusion"))
+    return out + (target if with_target else []) + proj + average + attention
+
+
+# ------------------------------------------------------------------------------------------------------- backward launcher
+
+
+def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Sequence[Tensor], offsets: Tensor,
+             proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor],
+             saved: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
+             gated_target: bool) -> list[Tensor]:
+    """grad_out: M [N, D_j]; grad_target: M [N, D_j] or empty; saved: what `forward` returned after out and target.
+
+    Returns the gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each, in the dtypes and shapes of those.
+    """
+    grad_out, grad_target, x, proj_weight, map_weight = common.contiguous(grad_out, grad_target, x, proj_weight, map_weight)
+    offsets = offsets.contiguous()
+    m, rows, dialogues = len(x), x[0].shape[0], offsets.numel() - 1
+    rank = proj_bias[0].numel() // 4
+    saved = list(saved)
+    proj, average, attention = saved[:m], saved[m:2 * m], saved[2 * m:]
+    grad_x = [torch.empty_like(t) for t in x]
+    parameters = [list(proj_weight), list(proj_bias), list(map_weight), list(map_bias)]
+    grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in parameters]
+    if rows == 0:
+        for kind in grads:
+            for t in kind:
+                t.zero_()
+        return grad_x + [t for kind in grads for t in kind]
+
+    block_n = common.rows_per_block(rows, dialogues)
+    tiles = rows // block_n + dialogues
+    splits = min(common.MAX_SPLITS, triton.cdiv(tiles, 4))
+    float32 = {"dtype": torch.float32}
+    partial = x[0].new_empty((m, tiles, rank, rank), **float32)
+    meta = constants(x[0].dtype, rank, m, block_n)
+    ring = tuple(ring) or (0,)
+    scratch = []
+    with torch.cuda.device_of(x[0]):
+        together = common.groups(t.shape[1] for t in x)
+        for group in together:
+            width, count = x[group[0]].shape[1], len(group)
+            grad_attention = x[0].new_empty((count, rows, width))
+            vectors = x[0].new_empty((count, rows, 3 * rank), **float32)
+            scratch.append((grad_attention, vectors))
+            backward_rows[(tiles, count)](
+                common.pick(grad_out, group), common.pick(grad_target or x, group), common.pick(x, group), offsets, common.pick(proj, group),
+                tuple(average), common.pick(attention, group), common.pick(map_weight, group), common.pick(grad_x, group), grad_attention, vectors,
+                partial, seed, dialogues, tiles, rows, scale, beta, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0, D=width,
+                RING=ring, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, GATED=gated_target, BLOCK_D=64,
+                num_warps=4, **common.dropout_arguments(dropout), **meta)
+        for group, (grad_attention, vectors) in zip(together, scratch):
+            width, count = x[group[0]].shape[1], len(group)
+            length = triton.cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
+            gradients = x[0].new_empty((splits, count, length), **float32)
+            roles = triton.cdiv(width, 64) * (1 + triton.cdiv(rank, meta["KB"]))
+            backward_weights[(count * roles, splits)](
+                common.pick(x, group), offsets, common.pick(proj, group), tuple(average), common.pick(proj_weight, group), common.pick(grad_x, group),
+                grad_attention, vectors, partial, gradients, dialogues, tiles, rows, splits, scale, D=width,
+                PATH=ring_path(ring, m), COUNT=count, GROUP=group, LENGTH=length, BLOCK_D=64, num_warps=4, **meta)
+            common.reduce(gradients, [common.pick(kind, group) for kind in grads])
+    return grad_x + [t for kind in grads for t in kind]
+
+
+def constants(dtype: torch.dtype, rank: int, m: int, block_n: int) -> dict:
+    """Compile-time sizes and modes that the kernels share."""
+    padded = triton.next_power_of_2(rank)
+    ro = max(8, padded)
+    return {"R": rank, "RP": max(16, padded), "RO": ro, "KB": max(16 // ro, min(64 // ro, padded)), "M": m,
+            "MAX_PARTS": common.MAX_PARTS, "OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype),
+            "BLOCK_N": block_n, "enable_fp_fusion": True}
+
+
+def ring_path(ring: Sequence[int], m: int) -> tuple[int, ...]:
+    """For `grad_average`: per modality j and other modality i the factors that surround A_j in C_i, as 2 l + side.
+
+    Side 0 multiplies by A_l^T from the left, side 1 from the right. Row j lists the others in the order j + 1, j + 2, ..
+    """
+    path = []
+    for j in range(m):
+        for i in range(1, m):
+            other = (j + i) % m
+            around = list(ring[other * (m - 1):(other + 1) * (m - 1)])
+            place = around.index(j)
+            path += [2 * l for l in around[:place]] + [2 * l + 1 for l in reversed(around[place + 1:])]
+    return tuple(path) or (0,)
+
+
+def only(meta: dict, names: str) -> dict:
+    return {name: meta[name] for name in names.split()}
+
+
+def why_not(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor] = (), proj_bias: Sequence[Tensor] = (),
+            map_weight: Sequence[Tensor] = (), map_bias: Sequence[Tensor] = ()) -> str | None:
+    """Why these kernels cannot serve the tensors, or None."""
+    rank = proj_bias[0].numel() // 4 if len(proj_bias) else None
+    return common.why_not([*x, offsets, *proj_weight, *proj_bias, *map_weight, *map_bias], rank)
