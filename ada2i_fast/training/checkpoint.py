@@ -44,18 +44,18 @@ def load(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU. Raises RunError for a missing, foreign, truncated or newer file, or another kind."""
     path = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            head = file.read(4)
-            file.seek(0)
-            if head != b"PK\x03\x04":
-                raise RunError(f"{path} is not a checkpoint of ada2i_fast")
-            values = torch.load(file, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
+        head = file.read(4)
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
-    except RunError:
-        raise
-    except Exception as error:                                 # torch.load has no error of its own: whatever the bytes provoke
-        raise RunError(f"{path} is truncated, or not a checkpoint of ada2i_fast ({_first_line(error)})") from None
+    with file:
+        if head != b"PK\x03\x04":
+            raise RunError(f"{path} is not a checkpoint of ada2i_fast")
+        file.seek(0)
+        try:
+            values = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:                             # torch.load has no error of its own: whatever the bytes provoke
+            raise RunError(f"{path} is truncated, or not a checkpoint of ada2i_fast ({_first_line(error)})") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise RunError(f"{path} is not a checkpoint of ada2i_fast")
     if values.get("version") != VERSION:
