@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backends
 from .dropout import keep_mask
 
 __all__ = ["tensor_ring"]
@@ -72,6 +73,106 @@ def tensor_ring_torch(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequenc
     return outs, targets
 
 
+# ------------------------------------------------------------------------------------------------------- the registered ops
+
+_ops = torch.library.Library("ada2i_fast", "FRAGMENT")
+_ops.define("""tensor_ring_forward(Tensor[] x, Tensor offsets, Tensor[] proj_weight, Tensor[] proj_bias, Tensor[] map_weight,
+    Tensor[] map_bias, int[] ring, float scale, float beta, float dropout, Tensor? seed, bool gated_target,
+    str backend) -> Tensor[]""")
+_ops.define("""tensor_ring_backward(Tensor[] grad_out, Tensor[] grad_target, Tensor[] x, Tensor offsets, Tensor[] proj_weight,
+    Tensor[] proj_bias, Tensor[] map_weight, Tensor[] map_bias, Tensor[] saved, int[] ring, float scale, float beta,
+    float dropout, Tensor? seed, bool gated_target, str backend) -> Tensor[]""")
+
+
+def _forward(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, backend):
+    """M out; with gated_target M targets; then what backward needs: M projections, M means, M attentions (the targets, without
+    gated_target)."""
+    m = len(x)
+    result = backends.module("tensor_ring", backend).forward(
+        x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, True)
+    return result if gated_target else result[:m] + result[2 * m:]   # an op must not return a tensor twice
+
+
+def _backward(grad_out, grad_target, x, offsets, proj_weight, proj_bias, map_weight, map_bias, saved, ring, scale, beta, dropout,
+              seed, gated_target, backend):
+    return backends.module("tensor_ring", backend).backward(
+        grad_out, grad_target, x, offsets, proj_weight, proj_bias, map_weight, map_bias, saved, ring, scale, beta, dropout, seed,
+        gated_target)
+
+
+for _device in ("CPU", "CUDA"):
+    _ops.impl("tensor_ring_forward", _forward, _device)
+    _ops.impl("tensor_ring_backward", _backward, _device)
+
+
+@torch.library.register_fake("ada2i_fast::tensor_ring_forward")
+def _(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, backend):
+    rows, dialogues, rank4 = x[0].shape[0], offsets.shape[0] - 1, proj_bias[0].shape[0]
+    precise = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+
+    def like_x():
+        return [t.new_empty(t.shape) for t in x]
+
+    proj = [t.new_empty((rows, rank4), dtype=t.dtype if backend == "cuda" else precise) for t in x]
+    mean = [t.new_empty((dialogues, rank4 // 4, rank4 // 4), dtype=precise) for t in x]
+    return like_x() + (like_x() if gated_target else []) + proj + mean + like_x()
+
+
+@torch.library.register_fake("ada2i_fast::tensor_ring_backward")
+def _(grad_out, grad_target, x, offsets, proj_weight, proj_bias, map_weight, map_bias, saved, ring, scale, beta, dropout, seed,
+      gated_target, backend):
+    return [t.new_empty(t.shape) for tensors in (x, proj_weight, proj_bias, map_weight, map_bias) for t in tensors]
+
+
+# ------------------------------------------------------------------------------------------------------------------ autograd
+
+
+class _TensorRing(torch.autograd.Function):
+    """Outside the op, so that a call costs one Function and nothing where no gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx, ring, scale, beta, dropout, gated_target, backend, seed, offsets, *tensors):
+        m = len(tensors) // 5
+        result = torch.ops.ada2i_fast.tensor_ring_forward(
+            tensors[:m], offsets, tensors[m:2 * m], tensors[2 * m:3 * m], tensors[3 * m:4 * m], tensors[4 * m:], ring, scale, beta,
+            dropout, seed, gated_target, backend)
+        ctx.set_materialize_grads(False)
+        ctx.settings = (ring, scale, beta, dropout, gated_target, backend)
+        ctx.save_for_backward(seed, offsets, *tensors, *result[-3 * m:])
+        return tuple(result[:m] + (result[m:2 * m] if gated_target else result[-m:]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ring, scale, beta, dropout, gated_target, backend = ctx.settings
+        seed, offsets, *tensors = ctx.saved_tensors
+        m = len(tensors) // 8
+        x, proj_weight, proj_bias, map_weight, map_bias = (tensors[i * m:(i + 1) * m] for i in range(5))
+        if torch.is_grad_enabled():
+            # create_graph=True: the ops have no derivative, the algebra has all.
+            inputs = [t for t in tensors[:5 * m] if t.requires_grad]
+            outs, targets = tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, _rows(ring, m), scale, beta,
+                                              dropout, seed, gated_target)
+            given = [(o, g) for o, g in zip(outs + targets, grads) if g is not None]
+            found = iter(torch.autograd.grad([o for o, _ in given], inputs, [g for _, g in given], create_graph=True,
+                                             allow_unused=True))
+            result = [next(found) if t.requires_grad else None for t in tensors[:5 * m]]
+        else:
+            grad_out, grad_target = grads[:m], grads[m:]
+            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_out, x)]
+            if all(g is None for g in grad_target):
+                grad_target = []
+            else:
+                grad_target = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_target, x)]
+            result = torch.ops.ada2i_fast.tensor_ring_backward(
+                grad_out, grad_target, x, offsets, proj_weight, proj_bias, map_weight, map_bias, tensors[5 * m:], ring, scale, beta,
+                dropout, seed, gated_target, backend)
+        return None, None, None, None, None, None, None, None, *result
+
+
+def _rows(ring: Sequence[int], m: int) -> list[list[int]]:
+    return [list(ring[j * (m - 1):(j + 1) * (m - 1)]) for j in range(m)]
+
+
 def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
                 map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], *, ring: Sequence[Sequence[int]], scale: float = 1.0,
                 beta: float = 0.0, dropout: float = 0.0, seed: Tensor | None = None, gated_target: bool = False,
@@ -85,7 +186,32 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
     dropout: probability; seed: int64 [1] on x's device, the counter-based mask of `ada2i_fast.ops.dropout`, stream j.
     gated_target: the second result is the gated output before dropout, else the attention.
 
-    Returns (out, target), M tensors [N, D_j] each.
+    backend: "auto" | "torch" | "cpu" | "triton" | "cuda", see `ada2i_fast.backends`.
+
+    Everything is computed in the dtype of x, to which parameters are cast, with sums in float32 (float64 for float64); autocast
+    has no say here. Returns (out, target), M tensors [N, D_j] each.
     """
-    return tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed,
-                             gated_target)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    m, dtype = len(x), x[0].dtype
+    if any(t.dtype != dtype for t in x):
+        raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
+    proj_weight, proj_bias, map_weight, map_bias = (
+        [t if t.dtype == dtype else t.to(dtype) for t in tensors] for tensors in (proj_weight, proj_bias, map_weight, map_bias))
+    backend = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0] // 4)
+    if dropout > 0.0 and seed is None and backend != "torch":
+        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
+    if backend == "torch":
+        with torch.autocast(x[0].device.type, enabled=False):
+            return tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed,
+                                     gated_target)
+    if dropout == 0.0:
+        seed = None
+    tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias]
+    flat = [l for others in ring for l in others]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        result = _TensorRing.apply(flat, scale, beta, dropout, gated_target, backend, seed, offsets, *tensors)
+        return list(result[:m]), list(result[m:])
+    result = torch.ops.ada2i_fast.tensor_ring_forward(
+        x, offsets, proj_weight, proj_bias, map_weight, map_bias, flat, scale, beta, dropout, seed, gated_target, backend)
+    return list(result[:m]), list(result[m:2 * m] if gated_target else result[-m:])

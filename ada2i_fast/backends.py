@@ -1,0 +1,159 @@
+"""Which backend serves an op for these tensors, and why not the others.
+
+| backend | package | serves |
+|---|---|---|
+| `triton` | `ada2i_fast.kernels` | CUDA tensors |
+| `cuda` | `ada2i_fast.cuda` over `lib/libada2i_cuda.so` | CUDA tensors |
+| `cpu` | `ada2i_fast.cpu` over `lib/libada2i_cpu.so` | CPU tensors |
+| `torch` | the op's own file | everything |
+
+A backend's package has a module per op that it brings, with `forward` and `backward`. Their arguments are those of the registered
+op without `backend`; `ring` comes flattened. They return flat lists:
+
+    tensor_ring.forward         M out, M target, M projections [N, 4R], M means A [B, R, R], M attentions [N, D_j]
+    tensor_ring.backward        gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each
+    attention_mapping.forward   loss (float32, or float64 for float64 inputs), M signs int8 [N, D_j]
+    attention_mapping.backward  gradients of x, target, weight, bias, M each
+
+The target may be the attention itself, where that is what the loss compares with. A module may have `why_not(device, dtype, widths,
+rank) -> str | None` for limits of its own.
+
+`auto` takes the first of the table that can serve. `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot
+serve then raises. Nothing here touches a driver before a tensor lives on its device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "MAX_RANK", "choose", "explain", "info", "module"]
+
+BACKENDS = ("triton", "cuda", "cpu", "torch")
+MAX_RANK = 32
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
+
+_PACKAGES = {"triton": "kernels", "cuda": "cuda", "cpu": "cpu"}
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+
+
+@functools.cache
+def module(op: str, backend: str) -> ModuleType:
+    """The module with `forward` and `backward` of an op; ImportError where the backend does not bring it."""
+    return importlib.import_module(f".{_PACKAGES[backend]}.{op}", __package__)
+
+
+@functools.cache
+def _installed(op: str, backend: str) -> str | None:
+    """Why a backend cannot serve this op on any tensor."""
+    package = _PACKAGES[backend]
+    if importlib.util.find_spec(f"{__package__}.{package}") is None or \
+            importlib.util.find_spec(f"{__package__}.{package}.{op}") is None:
+        return f"it does not bring {op}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend in ("cpu", "cuda"):
+        return importlib.import_module(f".{package}", __package__).why_not()
+    return None
+
+
+def _why_not(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str | None:
+    if backend == "torch":
+        return None
+    needed = "cpu" if backend == "cpu" else "cuda"
+    if device != needed and not (backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, it serves {needed}"
+    if reason := _installed(op, backend):
+        return reason
+    if dtype not in _DTYPES[backend]:
+        return f"it does not know {str(dtype).removeprefix('torch.')}"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    own = getattr(module(op, backend), "why_not", None)
+    return own(device, dtype, widths, rank) if own else None
+
+
+@torch.compiler.assume_constant_result
+def _decide(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str:
+    return _cached(op, backend, os.environ.get("ADA2I_FAST_BACKEND") or "", device, dtype, widths, rank)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached(op: str, backend: str, forced: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str:
+    for name in (backend, forced):
+        if name not in ("", "auto", *BACKENDS):
+            raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {name!r}")
+    wanted = backend if backend != "auto" else forced if forced not in ("", "auto") else None
+    if wanted:
+        if reason := _why_not(op, wanted, device, dtype, widths, rank):
+            raise RuntimeError(f"{op}: backend {wanted!r} cannot serve this input: {reason}")
+        return wanted
+    return next(name for name in BACKENDS
+                if not (name == "triton" and device == "cpu") and _why_not(op, name, device, dtype, widths, rank) is None)
+
+
+def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -> str:
+    """The backend that serves `op` for the M tensors x [N, D_j].
+
+    backend: "auto" or a name; RuntimeError with the reason where the named one cannot serve.
+    """
+    return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([x_j.shape[1] for x_j in x]), rank)
+
+
+def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:
+    """Which backend serves `op` for these tensors [N, D_j], and for each of the others why it does not; a line each."""
+    facts = (tensors[0].device.type, tensors[0].dtype, tuple([t.shape[1] for t in tensors]), rank)
+    try:
+        served = _decide(op, "auto", *facts)
+        lines = [f"{op}: {served}" + (" (ADA2I_FAST_BACKEND)" if os.environ.get("ADA2I_FAST_BACKEND") else "")]
+    except RuntimeError as error:
+        served, lines = None, [str(error)]
+    for name in BACKENDS:
+        if name != served:
+            lines.append(f"  not {name}: {_why_not(op, name, *facts) or 'it could, but another comes first'}")
+    return "\n".join(lines)
+
+
+def _build_info() -> dict[str, dict]:
+    path = LIBRARY_FOLDER / "build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def build_reason(library: str) -> str:
+    """Why the build left a native library out."""
+    reason = _build_info().get(library, {}).get("reason")
+    return f"not built: {reason}" if reason else "not built: install the package (pip install -e .)"
+
+
+def info() -> dict[str, str]:
+    """What was built, for what, with what, and why not the rest: a line per backend."""
+    built, lines = _build_info(), {}
+    for name in ("cpu", "cuda"):
+        facts = dict(built.get(name, {}))
+        reason = importlib.import_module(f".{_PACKAGES[name]}", __package__).why_not()
+        facts.pop("library", None)
+        described = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in facts.items()
+                              if key != "reason")
+        lines[f"backend {name}"] = "; ".join(filter(None, [f"unavailable: {reason}" if reason else "available", described]))
+    if not importlib.import_module(".cpu", __package__).why_not():
+        lines["backend cpu"] += f"; runs {importlib.import_module('.cpu', __package__).tier()} here"
+    if importlib.util.find_spec("triton") is None:
+        lines["backend triton"] = "unavailable: triton is not installed"
+    else:
+        import importlib.metadata
+
+        lines["backend triton"] = f"triton {importlib.metadata.version('triton')}; compiles for the device at hand"
+    return lines

@@ -1,0 +1,88 @@
+"""The CPU backend: `lib/libada2i_cpu.so` (sources in csrc/cpu) through ctypes, one file per op.
+
+The library knows nothing of torch. Every output is a fresh torch.empty; calls release the GIL; the number of threads is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
+
+PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none. torch is imported before, so its OpenMP runtime serves both."""
+    if not PATH.exists():
+        from .. import backends
+
+        return backends.build_reason("cpu")
+    try:
+        handle = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return f"{PATH.name} does not load: {error}"
+    handle.ada2i_cpu_tier.restype = handle.ada2i_cpu_tier_name.restype = ctypes.c_char_p
+    return handle
+
+
+def why_not() -> str | None:
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def tier() -> str:
+    """The instruction set in use."""
+    return library().ada2i_cpu_tier().decode()
+
+
+def tiers() -> list[str]:
+    """Those that this processor can run, best first."""
+    names = []
+    while name := library().ada2i_cpu_tier_name(len(names)):
+        names.append(name.decode())
+    return names
+
+
+def set_tier(name: str) -> None:
+    """Takes another one from here on, in the whole process; for tests and measurements."""
+    if library().ada2i_cpu_set_tier(name.encode()):
+        raise ValueError(f"tier: expected one of {tiers()}, got {name!r}")
+
+
+def pointers(*lists: Sequence[Tensor | None]) -> ctypes.Array:
+    """Addresses of tensors, list after list; None becomes null."""
+    flat = [0 if t is None else t.data_ptr() for tensors in lists for t in tensors]
+    return (ctypes.c_void_p * len(flat))(*flat)
+
+
+def int64s(numbers: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
+
+
+def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[t if t.is_contiguous() else t.contiguous() for t in tensors] for tensors in lists]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def call(name: str, args: ctypes.Structure) -> None:
+    if getattr(library(), name)(ctypes.byref(args)):
+        raise MemoryError(f"{name}: no memory for scratch")

@@ -1,0 +1,39 @@
+// The C interface of libada2i_cpu: no torch, no C++ types. Python fills one structure per call and owns every array in it.
+#pragma once
+#include <stdint.h>
+
+enum { ADA2I_FLOAT32, ADA2I_FLOAT64, ADA2I_BFLOAT16, ADA2I_FLOAT16, ADA2I_DTYPES };
+
+struct TensorRing {
+  int64_t dtype, threads, modalities, rows, dialogues, rank, gated_target;
+  double scale, beta, dropout;
+  const int64_t* widths;    // [M]
+  const int64_t* ring;      // [M][M - 1]
+  const int64_t* offsets;   // [B + 1]
+  const int64_t* seed;      // [1], or null without dropout
+  // Lists of M arrays, one after the other; contiguous, of the storage type; proj [N, 4R] and A [B, R, R]
+  // float, or double for ADA2I_FLOAT64.
+  //   forward   x proj_weight proj_bias map_weight map_bias | out target(null: none) proj A attention
+  //   backward  x proj_weight map_weight proj A attention grad_out grad_target(null: 0)
+  //             | grad_x grad_proj_weight grad_proj_bias grad_map_weight grad_map_bias
+  void* const* tensors;
+};
+
+struct AttentionMapping {
+  int64_t dtype, threads, modalities, rows;
+  const int64_t* widths;
+  const double* coefficient;   // [M]
+  void* loss;                  // in backward: its gradient. float, double for ADA2I_FLOAT64
+  //   forward   x target weight bias | sign
+  //   backward  x sign weight | grad_x grad_target grad_weight grad_bias
+  void* const* tensors;
+};
+
+// One set of entry points per tier and dtype. They return 0, or 1 where memory ran out.
+struct Ada2iTier {
+  const char* name;
+  int (*tensor_ring_forward[ADA2I_DTYPES])(const TensorRing*);
+  int (*tensor_ring_backward[ADA2I_DTYPES])(const TensorRing*);
+  int (*attention_mapping_forward[ADA2I_DTYPES])(const AttentionMapping*);
+  int (*attention_mapping_backward[ADA2I_DTYPES])(const AttentionMapping*);
+};

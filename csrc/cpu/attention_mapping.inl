@@ -1,0 +1,133 @@
+// The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) never leaves the first-level cache.
+
+template <class S> static int attention_mapping_forward(const AttentionMapping* args) {
+  using T = Compute<S>;
+  using E = Operand<S>;
+  constexpr int lanes = Lanes<T>::count;
+  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kRows - 1) / kRows;
+  void* const* t = args->tensors;
+  int64_t widest = 0, packed = 0, panels = 0, work = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    if (D > widest) widest = D;
+    packed += right_size<E>(D, D);
+    work += rows * D * D;
+  }
+  panels = (widest + kColumns<T> - 1) / kColumns<T>;
+  const int threads = useful_threads(args->threads, work);
+  Scratch<E> right(packed), left(left_size<E>(widest), threads);
+  Scratch<E*> phi(M);
+  Scratch<double> partial(M * tiles);
+  if (!right.ok() || !left.ok() || !phi.ok() || !partial.ok()) return 1;
+  for (int64_t j = 0, at = 0; j < M; at += right_size<E>(args->widths[j], args->widths[j]), ++j) phi.data[j] = right.data + at;
+
+#pragma omp parallel num_threads(threads)
+  {
+    E* tile_left = left.of(omp_get_thread_num());
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * panels; ++job) {
+      const int64_t j = job / panels, column = job % panels * kColumns<T>, D = args->widths[j];
+      if (column < D) pack_transposed(phi.data[j], (const S*)t[2 * M + j], D, D, column);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const S* x = (const S*)t[j] + first * D;
+      const S* target = (const S*)t[M + j] + first * D;
+      const S* bias = (const S*)t[3 * M + j];
+      int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
+      for (int i = 0; i < kRows; ++i)
+        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(x + i * D + d, n) : Vector<T>{}; });
+      Vector<T> total = {};
+      multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = 0; v < columns; v += lanes) {
+            const int64_t n = smaller(lanes, columns - v), d = column + v;
+            auto difference = load(c + i * kColumns<T> + v, n) + load(bias + d, n) - load(target + i * D + d, n);
+            total += absolute<T>(difference);
+            store_signs<T>(sign + i * D + d, difference, n);
+          }
+      });
+      partial.data[job] = sum<T>(total);
+    }
+  }
+  double loss = 0;
+  for (int64_t job = 0; job < M * tiles; ++job) loss += args->coefficient[job / tiles] * partial.data[job];
+  *(T*)args->loss = T(loss);
+  return 0;
+}
+
+template <class S> static int attention_mapping_backward(const AttentionMapping* args) {
+  using T = Compute<S>;
+  using E = Operand<S>;
+  constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
+  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kRows - 1) / kRows;
+  void* const* t = args->tensors;
+  int64_t widest = 0, packed = 0, chunks = 0, totals = 0, work = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    if (D > widest) widest = D;
+    packed += right_size<E>(D, D);
+    chunks += right_size<E>(kChunk, D + 1);
+    totals += D * round_up(D + 1, kColumns<T>);
+    work += 2 * rows * D * D;
+  }
+  const int threads = useful_threads(args->threads, work);
+  const int64_t row_size = round_up(widest + 1, kColumns<T>);
+  Scratch<E> right(packed), chunk(chunks), left(left_size<E>(widest > kChunk ? widest : kChunk), threads);
+  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads);
+  Scratch<E*> phi(M);
+  Scratch<WeightGradient<S, int8_t>> gradients(M);
+  if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !row.ok() || !phi.ok() || !gradients.ok()) return 1;
+  const T gradient = *(const T*)args->loss;
+  int64_t at = 0, chunk_at = 0, total_at = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    phi.data[j] = right.data + at;
+    gradients.data[j] = {(const int8_t*)t[M + j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
+                         T(args->coefficient[j] * gradient), chunk.data + chunk_at, total.data + total_at};
+    at += right_size<E>(D, D);
+    chunk_at += right_size<E>(kChunk, D + 1);
+    total_at += rows > kChunk ? D * round_up(D + 1, kColumns<T>) : 0;
+  }
+
+#pragma omp parallel num_threads(threads)
+  {
+    E* tile_left = left.of(omp_get_thread_num());
+    T* rows_scratch = row.of(omp_get_thread_num());
+    const int64_t blocks = (widest + kBlock - 1) / kBlock;
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * blocks; ++job) {
+      const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
+      for (int64_t k = first; k < smaller(first + kBlock, D); k += per)
+        pack_straight(phi.data[j], (const S*)t[2 * M + j], D, D, k, rows_scratch, rows_scratch + row_size);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const T factor = T(args->coefficient[j] * gradient);
+      const int8_t* sign = (const int8_t*)t[M + j] + first * D;
+      S* grad_x = (S*)t[3 * M + j] + first * D;
+      S* grad_target = (S*)t[4 * M + j] + first * D;
+      for (int i = 0; i < kRows; ++i)
+        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
+          if (i >= height) return Vector<T>{};
+          auto s = load_signs<T>(sign + i * D + d, n);
+          store(grad_target + i * D + d, -factor * s, n);
+          return s;
+        });
+      multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = 0; v < columns; v += lanes)
+            store(grad_x + i * D + column + v, factor * load(c + i * kColumns<T> + v), columns - v);
+      });
+    }
+    weight_gradients(gradients.data, int(M), rows, tile_left, rows_scratch, row_size,
+                     [&](int p, int64_t n, T* out) {
+                       const int64_t D = args->widths[p];
+                       const S* x = (const S*)t[p] + n * D;
+                       for (int64_t d = 0; d < D; d += lanes) store(out + d, load(x + d, D - d));
+                     });
+  }
+  return 0;
+}

@@ -1,0 +1,445 @@
+// Tensor-ring attention, gate and dropout of one AFW layer; mathematics and names in ada2i_fast/ops/tensor_ring.py.
+// R-vectors are padded with zeros to whole vectors (`padded`), R x R matrices have rows of that length.
+
+constexpr int kMaxRank = 32;
+
+template <class S> struct Ring {
+  using T = Compute<S>;
+  static constexpr int lanes = Lanes<T>::count;
+  const TensorRing* args;
+  int64_t M, R, padded, rows, tiles;
+  Scratch<T> contracted;   // C_j[b], then its transpose, [M][B][2][R][padded]
+
+  explicit Ring(const TensorRing* a)
+      : args(a), M(a->modalities), R(a->rank), padded(round_up(R, lanes)), rows(a->rows), tiles((rows + kRows - 1) / kRows),
+        contracted(M > 1 ? M * a->dialogues * 2 * R * padded : 0) {}
+
+  T* C(int64_t j, int64_t b) const { return contracted.data + (j * args->dialogues + b) * 2 * R * padded; }
+  T* transposed(int64_t j, int64_t b) const { return C(j, b) + R * padded; }
+
+  int64_t length(int64_t b) const { return args->offsets[b + 1] - args->offsets[b]; }
+
+  // The dialogue that row n belongs to: the last one that does not start after it and is not empty.
+  int64_t dialogue(int64_t n) const {
+    int64_t low = 0, high = args->dialogues - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (args->offsets[middle] <= n) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+
+  // u = q1 k1 and v = q2 k2 of a row of projections.
+  void factors(const T* projection, T* u, T* v) const {
+    for (int64_t d = 0; d < padded; d += lanes) {
+      const T* q = projection + d;
+      store(u + d, load(q, R - d) * load(q + 2 * R, R - d));
+      store(v + d, load(q + R, R - d) * load(q + 3 * R, R - d));
+    }
+  }
+
+  // out = scale sum_i factor[i] matrix[i, :]
+  void combine(const T* factor, const T* matrix, T scale, T* out) const {
+    for (int64_t d = 0; d < padded; d += lanes) {
+      Vector<T> total = {};
+      for (int64_t i = 0; i < R; ++i) total += factor[i] * load(matrix + i * padded + d);
+      store(out + d, scale * total);
+    }
+  }
+
+  // w = s C^T v
+  void rotate(int64_t j, int64_t b, const T* v, T* w) const {
+    if (M > 1) return combine(v, C(j, b), T(args->scale), w);
+    for (int64_t d = 0; d < padded; d += lanes) store(w + d, T(args->scale) * load(v + d));
+  }
+
+  // out = scale sum over the dialogue's rows of a b^T; pair(n, a, b) gives the two vectors of row n.
+  template <class F> void outer_sum(int64_t b, T scale, T* out, F pair) const {
+    alignas(64) T first[kMaxRank], second[kMaxRank];
+    for (int64_t i = 0; i < R * padded; ++i) out[i] = 0;
+    for (int64_t n = args->offsets[b]; n < args->offsets[b + 1]; ++n) {
+      pair(n, first, second);
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t d = 0; d < padded; d += lanes)
+          store(out + i * padded + d, load(out + i * padded + d) + first[i] * load(second + d));
+    }
+    for (int64_t i = 0; i < R * padded; i += lanes) store(out + i, scale * load(out + i));
+  }
+
+  // out = a b, all R x R; a with rows of `stride`.
+  void product(const T* a, const T* b, T* out) const {
+    for (int64_t i = 0; i < R; ++i) combine(a + i * padded, b, T(1), out + i * padded);
+  }
+
+  void transpose(const T* a, T* out) const {
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t o = 0; o < padded; ++o) out[i * padded + o] = o < R ? a[o * padded + i] : T(0);
+  }
+
+  void pad(const T* compact, T* out) const {
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t d = 0; d < padded; d += lanes) store(out + i * padded + d, load(compact + i * R + d, R - d));
+  }
+
+  // C_j[b] = A_l A_o .. from the saved means [B, R, R].
+  void contract(int64_t j, int64_t b, void* const* means) const {
+    alignas(64) T next[kMaxRank * kMaxRank], product_[kMaxRank * kMaxRank];
+    const int64_t* order = args->ring + j * (M - 1);
+    T* out = C(j, b);
+    pad((const T*)means[order[0]] + b * R * R, out);
+    for (int64_t i = 1; i < M - 1; ++i) {
+      pad((const T*)means[order[i]] + b * R * R, next);
+      product(out, next, product_);
+      __builtin_memcpy(out, product_, size_t(R * padded) * sizeof(T));
+    }
+    transpose(out, transposed(j, b));
+  }
+};
+
+template <class S> static int tensor_ring_forward(const TensorRing* args) {
+  using T = Compute<S>;
+  using E = Operand<S>;
+  constexpr int lanes = Lanes<T>::count;
+  Ring<S> ring(args);
+  const int64_t M = ring.M, R = ring.R, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
+  void* const* t = args->tensors;
+  int64_t widest = 0, packed = 0, work = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    if (D > widest) widest = D;
+    packed += right_size<E>(D, 4 * R) + right_size<E>(R * R, D);
+    work += rows * D * (4 * R + R * R);
+  }
+  const int threads = useful_threads(args->threads, work);
+  Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
+  Scratch<T> outer(R * R + ring.padded, threads);
+  Scratch<E*> projection(M), map(M);
+  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !projection.ok() || !map.ok()) return 1;
+  E* next = right.data;
+  for (int64_t j = 0; j < M; ++j) {
+    projection.data[j] = next;
+    next += right_size<E>(args->widths[j], 4 * R);
+    map.data[j] = next;
+    next += right_size<E>(R * R, args->widths[j]);
+  }
+  const int64_t projection_panels = (4 * R + kColumns<T> - 1) / kColumns<T>;
+  const int64_t panels = projection_panels + (widest + kColumns<T> - 1) / kColumns<T>;
+  const T beta = T(args->beta), kept = T(1.0 / (1.0 - args->dropout));
+  const uint32_t threshold = dropout_threshold(args->dropout);
+  const uint64_t seed = args->dropout > 0 ? uint64_t(*args->seed) : 0;
+
+#pragma omp parallel num_threads(threads)
+  {
+    E* tile_left = left.of(omp_get_thread_num());
+    T* outer_row = outer.of(omp_get_thread_num());
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * panels; ++job) {
+      const int64_t j = job / panels, panel = job % panels, column = (panel - projection_panels) * kColumns<T>;
+      const int64_t D = args->widths[j];
+      if (panel < projection_panels) pack_transposed(projection.data[j], (const S*)t[M + j], D, 4 * R, panel * kColumns<T>);
+      else if (column < D) pack_transposed(map.data[j], (const S*)t[3 * M + j], R * R, D, column);
+    }
+
+    // q1 q2 k1 k2
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const S* x = (const S*)t[j] + first * D;
+      const S* bias = (const S*)t[2 * M + j];
+      T* out = (T*)t[7 * M + j] + first * 4 * R;
+      for (int i = 0; i < kRows; ++i)
+        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(x + i * D + d, n) : Vector<T>{}; });
+      multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = 0; v < columns; v += lanes)
+            store(out + i * 4 * R + column + v, load(c + i * kColumns<T> + v) + load(bias + column + v, columns - v), columns - v);
+      });
+    }
+
+    // A_j[b], then C_j[b]
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * B; ++job) {
+      const int64_t j = job / B, b = job % B;
+      alignas(64) T mean[kMaxRank * kMaxRank];
+      const int64_t n_b = ring.length(b);
+      ring.outer_sum(b, n_b > 0 ? T(args->scale / double(n_b)) : T(0), mean,
+                     [&](int64_t n, T* u, T* v) { ring.factors((const T*)t[7 * M + j] + n * 4 * R, u, v); });
+      T* A = (T*)t[8 * M + j] + b * R * R;
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t d = 0; d < R; d += lanes) store(A + i * R + d, load(mean + i * ring.padded + d), R - d);
+    }
+    if (M > 1) {
+#pragma omp for schedule(dynamic)
+      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + 8 * M);
+    }
+
+    // the bilinear map, whose left operand u w^T is made here, and the gate
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const S* x = (const S*)t[j] + first * D;
+      const S* bias = (const S*)t[4 * M + j];
+      S* out = (S*)t[5 * M + j] + first * D;
+      S* target = t[6 * M + j] ? (S*)t[6 * M + j] + first * D : nullptr;
+      S* attention = (S*)t[9 * M + j] + first * D;
+      int64_t b = ring.dialogue(first);
+      for (int i = 0; i < kRows; ++i) {
+        if (i < height) {
+          alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
+          while (args->offsets[b + 1] <= first + i) ++b;
+          ring.factors((const T*)t[7 * M + j] + (first + i) * 4 * R, u, v);
+          ring.rotate(j, b, v, w);
+          for (int64_t k = 0; k < R; ++k)
+            for (int64_t d = 0; d < ring.padded; d += lanes) store(outer_row + k * R + d, u[k] * load(w + d));
+        }
+        pack_left(tile_left, i, R * R, [&](int64_t d, int64_t n) { return i < height ? load(outer_row + d, n) : Vector<T>{}; });
+      }
+      multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns) {
+        uint32_t words[kWords];
+        for (int i = 0; i < height; ++i) {
+          if (args->dropout > 0) philox(seed, first + i, uint32_t(j), column, words);
+          for (int64_t v = 0; v < columns; v += lanes) {
+            const int64_t n = columns - v, at = i * D + column + v;
+            auto att = load(c + i * kColumns<T> + v) + load(bias + column + v, n);
+            auto x_n = load(x + at, n);
+            auto gated = att * x_n + beta * x_n;
+            store(attention + at, att, n);
+            if (target) store(target + at, gated, n);
+            if (args->dropout > 0) gated = keep(gated, words + v, threshold, kept);
+            store(out + at, gated, n);
+          }
+        }
+      });
+    }
+  }
+  return 0;
+}
+
+template <class S> static int tensor_ring_backward(const TensorRing* args) {
+  using T = Compute<S>;
+  using E = Operand<S>;
+  constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
+  Ring<S> ring(args);
+  const int64_t M = ring.M, R = ring.R, padded = ring.padded, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
+  const int64_t matrix = R * padded;
+  void* const* t = args->tensors;
+  int64_t widest = R * R > 4 * R ? R * R : 4 * R, packed = 0, chunks = 0, totals = 0, columns_of_all = 0, work = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    if (D > widest) widest = D;
+    packed += right_size<E>(D, R * R) + right_size<E>(4 * R, D);
+    chunks += right_size<E>(kChunk, R * R + 1) + right_size<E>(kChunk, D + 1);
+    totals += D * round_up(R * R + 1, kColumns<T>) + 4 * R * round_up(D + 1, kColumns<T>);
+    columns_of_all += D + 4 * R;
+    work += 2 * rows * D * (4 * R + R * R);
+  }
+  const int threads = useful_threads(args->threads, work);
+  const int64_t row_size = round_up(widest + 1, kColumns<T>) + padded, sums_size = R * R + kColumns<T> + padded;
+  Scratch<E> right(packed), chunk(chunks), left(left_size<E>(widest > kChunk ? widest : kChunk), threads);
+  Scratch<E> gradient(rows * columns_of_all);                  // g_att [N, D], then that of the projections [N, 4R], per modality
+  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kRows * sums_size, threads);
+  Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
+  Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
+  Scratch<E*> map(M), projection(M);
+  Scratch<WeightGradient<S, E>> gradients(2 * M);
+  if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !row.ok() || !sums.ok() ||
+      !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok())
+    return 1;
+  E *right_at = right.data, *gradient_at = gradient.data, *chunk_at = chunk.data;
+  T* total_at = total.data;
+  for (int64_t j = 0; j < M; ++j) {
+    const int64_t D = args->widths[j];
+    map.data[j] = right_at;
+    right_at += right_size<E>(D, R * R);
+    projection.data[j] = right_at;
+    right_at += right_size<E>(4 * R, D);
+    auto add = [&](int64_t index, int64_t m, int64_t n, void* weight, void* bias) {
+      gradients.data[index] = {gradient_at, m, n, (S*)weight, (S*)bias, T(1), chunk_at, total_at};
+      gradient_at += rows * m;
+      chunk_at += right_size<E>(kChunk, n + 1);
+      if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
+    };
+    add(j, D, R * R, t[11 * M + j], t[12 * M + j]);
+    add(M + j, 4 * R, D, t[9 * M + j], t[10 * M + j]);
+  }
+  const T beta = T(args->beta), scale = T(args->scale), kept = T(1.0 / (1.0 - args->dropout));
+  const uint32_t threshold = dropout_threshold(args->dropout);
+  const uint64_t seed = args->dropout > 0 ? uint64_t(*args->seed) : 0;
+  auto proj = [&](int64_t j, int64_t n) { return (const T*)t[3 * M + j] + n * 4 * R; };
+  auto row_of = [&](const Scratch<T>& all, int64_t j, int64_t n) { return all.data + (j * rows + n) * padded; };
+
+#pragma omp parallel num_threads(threads)
+  {
+    E* tile_left = left.of(omp_get_thread_num());
+    T* rows_scratch = row.of(omp_get_thread_num());
+    T* S_rows = sums.of(omp_get_thread_num());
+    const int64_t blocks = (widest + kBlock - 1) / kBlock;
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * blocks; ++job) {
+      const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
+      for (int64_t k = first; k < first + kBlock; k += per) {
+        if (k < D) pack_straight(map.data[j], (const S*)t[2 * M + j], D, R * R, k, rows_scratch, rows_scratch + row_size);
+        if (k < 4 * R) pack_straight(projection.data[j], (const S*)t[M + j], 4 * R, D, k, rows_scratch, rows_scratch + row_size);
+      }
+    }
+    if (M > 1) {
+#pragma omp for schedule(dynamic)
+      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + 4 * M);
+    }
+
+    // g_att and the direct part of g_x; then S = g_att W, contracted with w and u while it is in cache
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const S* x = (const S*)t[j] + first * D;
+      const S* attention = (const S*)t[5 * M + j] + first * D;
+      const S* grad_out = (const S*)t[6 * M + j] + first * D;
+      const S* grad_target = t[7 * M + j] ? (const S*)t[7 * M + j] + first * D : nullptr;
+      S* grad_x = (S*)t[8 * M + j] + first * D;
+      E* g_att = (E*)gradients.data[j].left + first * D;
+      for (int i = 0; i < height; ++i) {
+        uint32_t words[kWords];
+        for (int64_t d = 0; d < D; d += lanes) {
+          const int64_t n = D - d, at = i * D + d;
+          if (args->dropout > 0 && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
+          auto g = load(grad_out + at, n);
+          auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
+          if (args->dropout > 0) g = keep(g, words + d % kWords, threshold, kept);
+          if (args->gated_target) g += target;
+          auto att = g * load(x + at, n);
+          if (!args->gated_target) att += target;
+          store(grad_x + at, g * (load(attention + at, n) + beta), n);
+          store(g_att + at, att, n);
+        }
+      }
+      for (int i = 0; i < kRows; ++i)
+        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(g_att + i * D + d, n) : Vector<T>{}; });
+      multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t) {
+        for (int i = 0; i < height; ++i)
+          for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
+      });
+      int64_t b = ring.dialogue(first);
+      for (int i = 0; i < height; ++i) {
+        alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
+        while (args->offsets[b + 1] <= first + i) ++b;
+        ring.factors(proj(j, first + i), u, v);
+        ring.rotate(j, b, v, w);
+        T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
+        for (int64_t d = 0; d < padded; ++d) gu[d] = gw[d] = 0;
+        for (int64_t k = 0; k < R; ++k) {
+          Vector<T> total = {};
+          for (int64_t d = 0; d < padded; d += lanes) {
+            auto s = load(S_rows + i * sums_size + k * R + d, R - d);
+            total += s * load(w + d);
+            store(gw + d, load(gw + d) + u[k] * s);
+          }
+          gu[k] = sum<T>(total);
+        }
+      }
+    }
+
+    // g_A, through the product rule around the ring
+    if (M > 1) {
+#pragma omp for schedule(dynamic)
+      for (int64_t job = 0; job < M * B; ++job) {
+        const int64_t j = job / B, b = job % B;
+        ring.outer_sum(b, scale, g_C.data + job * matrix, [&](int64_t n, T* v, T* gw) {
+          alignas(64) T u[kMaxRank];
+          ring.factors(proj(j, n), u, v);
+          __builtin_memcpy(gw, row_of(g_w, j, n), size_t(padded) * sizeof(T));
+        });
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < B; ++b) {
+        auto at = [&](int64_t j) { return g_A.data + (j * B + b) * 2 * matrix; };
+        for (int64_t j = 0; j < M; ++j)
+          for (int64_t i = 0; i < matrix; ++i) at(j)[i] = 0;
+        for (int64_t j = 0; j < M; ++j) {
+          // C = A_1 .. A_m:  g_A_i += (A_1 .. A_{i-1})^T g_C (A_{i+1} .. A_m)^T. `front` is the first factor times g_C, and loses one
+          // matrix from its left after the other; the tail is built anew each time, for M is small.
+          alignas(64) T front[kMaxRank * kMaxRank], tail[kMaxRank * kMaxRank], a[kMaxRank * kMaxRank], flipped[kMaxRank * kMaxRank];
+          alignas(64) T spare[kMaxRank * kMaxRank];
+          const int64_t* order = args->ring + j * (M - 1);
+          auto mean = [&](int64_t i) { ring.pad((const T*)t[4 * M + order[i]] + b * R * R, a); };
+          __builtin_memcpy(front, g_C.data + (j * B + b) * matrix, size_t(matrix) * sizeof(T));
+          for (int64_t i = 0; i < M - 1; ++i) {
+            __builtin_memcpy(tail, front, size_t(matrix) * sizeof(T));
+            for (int64_t l = M - 2; l > i; --l) {
+              mean(l);
+              ring.transpose(a, flipped);
+              ring.product(tail, flipped, spare);
+              __builtin_memcpy(tail, spare, size_t(matrix) * sizeof(T));
+            }
+            for (int64_t d = 0; d < matrix; d += lanes) store(at(order[i]) + d, load(at(order[i]) + d) + load(tail + d));
+            mean(i);
+            ring.transpose(a, flipped);
+            ring.product(flipped, front, spare);
+            __builtin_memcpy(front, spare, size_t(matrix) * sizeof(T));
+          }
+        }
+        for (int64_t j = 0; j < M; ++j) ring.transpose(at(j), at(j) + matrix);
+      }
+    }
+
+    // gradients of u, v and the projections; the indirect part of g_x
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < M * tiles; ++job) {
+      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      S* grad_x = (S*)t[8 * M + j] + first * D;
+      E* g_proj = (E*)gradients.data[M + j].left + first * 4 * R;
+      int64_t b = ring.dialogue(first);
+      for (int i = 0; i < height; ++i) {
+        alignas(64) T u[kMaxRank], v[kMaxRank], gu[kMaxRank], gv[kMaxRank], more[kMaxRank];
+        while (args->offsets[b + 1] <= first + i) ++b;
+        ring.factors(proj(j, first + i), u, v);
+        __builtin_memcpy(gu, row_of(g_u, j, first + i), size_t(padded) * sizeof(T));
+        const T* gw = row_of(g_w, j, first + i);
+        if (M > 1) {
+          const T share = T(args->scale / double(ring.length(b)));
+          const T* g_mean = g_A.data + (j * B + b) * 2 * matrix;
+          ring.combine(gw, ring.transposed(j, b), scale, gv);
+          ring.combine(u, g_mean, share, more);
+          for (int64_t d = 0; d < padded; d += lanes) store(gv + d, load(gv + d) + load(more + d));
+          ring.combine(v, g_mean + matrix, share, more);
+          for (int64_t d = 0; d < padded; d += lanes) store(gu + d, load(gu + d) + load(more + d));
+        } else {
+          for (int64_t d = 0; d < padded; d += lanes) store(gv + d, scale * load(gw + d));
+        }
+        const T* q = proj(j, first + i);
+        E* g = g_proj + i * 4 * R;
+        for (int64_t d = 0; d < R; d += lanes) {
+          const int64_t n = R - d;
+          store(g + d, load(gu + d) * load(q + 2 * R + d, n), n);
+          store(g + R + d, load(gv + d) * load(q + 3 * R + d, n), n);
+          store(g + 2 * R + d, load(gu + d) * load(q + d, n), n);
+          store(g + 3 * R + d, load(gv + d) * load(q + R + d, n), n);
+        }
+      }
+      for (int i = 0; i < kRows; ++i)
+        pack_left(tile_left, i, 4 * R, [&](int64_t d, int64_t n) { return i < height ? load(g_proj + i * 4 * R + d, n) : Vector<T>{}; });
+      multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = 0; v < columns; v += lanes) {
+            S* out = grad_x + i * D + column + v;
+            store(out, load((const S*)out, columns - v) + load(c + i * kColumns<T> + v), columns - v);
+          }
+      });
+    }
+
+    weight_gradients(gradients.data, int(2 * M), rows, tile_left, rows_scratch, row_size, [&](int p, int64_t n, T* out) {
+      if (p < M) {
+        alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
+        ring.factors(proj(p, n), u, v);
+        ring.rotate(p, ring.dialogue(n), v, w);
+        for (int64_t k = 0; k < R; ++k)
+          for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
+      } else {
+        const int64_t j = p - M, D = args->widths[j];
+        const S* x = (const S*)t[j] + n * D;
+        for (int64_t d = 0; d < D; d += lanes) store(out + d, load(x + d, D - d));
+      }
+    });
+  }
+  return 0;
+}

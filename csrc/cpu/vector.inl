@@ -1,0 +1,173 @@
+// Vectors of one tier: as wide as the instruction set the file is compiled for. GCC and Clang vector extensions do the arithmetic;
+// intrinsics appear only where the extensions have no word for it (masked edges, float16, the bf16 dot product).
+//
+// Storage types are float, double, bf16 and half; arithmetic is in double for double and in float for the rest.
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define ADA2I_MASKS 1
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };
+
+template <class S> struct Traits { using Compute = float; };
+template <> struct Traits<double> { using Compute = double; };
+template <class S> using Compute = typename Traits<S>::Compute;
+
+template <class T> struct Lanes {
+  static constexpr int count = kBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef int8_t signs __attribute__((vector_size(kBytes / sizeof(T))));
+};
+template <class T> using Vector = typename Lanes<T>::type;
+typedef uint16_t Vector16 __attribute__((vector_size(kBytes / 2)));
+
+template <class T> INLINE Vector<T> broadcast(T value) { return value - Vector<T>{}; }
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- between storage and arithmetic -------------------------------------------------------------------------------------------
+
+INLINE float half_to_float(half h) {
+  // Shift the exponent into place and let a multiplication by 2^112 repair its bias; subnormals come out right by the same product.
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, body = uint32_t(h.bits & 0x7fff) << 13;
+  union { uint32_t u; float f; } value = {body}, scale = {uint32_t(254 - 15) << 23};
+  value.f *= scale.f;
+  if (body >= 0x0f800000u) value.u |= 0x7f800000u;  // infinity and NaN
+  value.u |= sign;
+  return value.f;
+}
+
+INLINE half float_to_half(float f) {
+  union { float f; uint32_t u; } value = {f}, rounding;
+  uint16_t sign = uint16_t(value.u >> 16 & 0x8000);
+  value.u &= 0x7fffffffu;
+  if (value.u > 0x7f800000u) return {uint16_t(sign | 0x7e00)};
+  if (value.u >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};          // rounds to infinity
+  if (value.u < 0x38800000u) {                                           // subnormal: the addition rounds to nearest even
+    rounding.u = (127u - 15u + (23u - 10u) + 1u) << 23;
+    value.f += rounding.f;
+    return {uint16_t(sign | (value.u - rounding.u))};
+  }
+  value.u += ((15u - 127u) << 23) + 0xfffu + (value.u >> 13 & 1u);
+  return {uint16_t(sign | value.u >> 13)};
+}
+
+INLINE Vector<float> widen(Vector<float> raw, const float*) { return raw; }
+INLINE Vector<double> widen(Vector<double> raw, const double*) { return raw; }
+INLINE Vector<float> widen(Vector16 raw, const bf16*) {
+  return (Vector<float>)(__builtin_convertvector(raw, Vector<uint32_t>) << 16);
+}
+INLINE Vector<float> widen(Vector16 raw, const half*) {
+#if defined(ADA2I_MASKS)
+  return (Vector<float>)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)raw);
+#else
+  Vector<float> value;
+  for (int i = 0; i < Lanes<float>::count; ++i) value[i] = half_to_float({raw[i]});
+  return value;
+#endif
+}
+
+INLINE Vector<float> narrow(Vector<float> value, const float*) { return value; }
+INLINE Vector<double> narrow(Vector<double> value, const double*) { return value; }
+INLINE Vector16 narrow(Vector<float> value, const bf16*) {
+  auto bits = (Vector<uint32_t>)value;
+  auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;               // to nearest, ties to even
+  auto nan = (Vector<uint32_t>)(value != value);
+  return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Vector16);
+}
+INLINE Vector16 narrow(Vector<float> value, const half*) {
+#if defined(ADA2I_MASKS)
+  return (Vector16)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Vector16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Vector16 raw;
+  for (int i = 0; i < Lanes<float>::count; ++i) raw[i] = float_to_half(value[i]).bits;
+  return raw;
+#endif
+}
+
+template <class S> struct Raw { typedef Vector16 type; };
+template <> struct Raw<float> { typedef Vector<float> type; };
+template <> struct Raw<double> { typedef Vector<double> type; };
+
+// ---- loads and stores, of whole vectors and of the first n lanes (the others read as zero). No alignment is assumed. ----------
+
+template <class S> INLINE Vector<Compute<S>> load(const S* p) {
+  typename Raw<S>::type raw;
+  __builtin_memcpy(&raw, p, sizeof raw);
+  return widen(raw, p);
+}
+
+template <class S> INLINE void store(S* p, Vector<Compute<S>> value) {
+  auto raw = narrow(value, (const S*)p);
+  __builtin_memcpy(p, &raw, sizeof raw);
+}
+
+#if defined(ADA2I_MASKS)
+INLINE Vector<float> masked(const float* p, uint32_t m) { return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16(m), p); }
+INLINE Vector<double> masked(const double* p, uint32_t m) { return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8(m), p); }
+template <class S> INLINE Vector16 masked(const S* p, uint32_t m) { return (Vector16)_mm256_maskz_loadu_epi16(__mmask16(m), p); }
+INLINE void masked(float* p, uint32_t m, Vector<float> v) { _mm512_mask_storeu_ps(p, __mmask16(m), (__m512)v); }
+INLINE void masked(double* p, uint32_t m, Vector<double> v) { _mm512_mask_storeu_pd(p, __mmask8(m), (__m512d)v); }
+template <class S> INLINE void masked(S* p, uint32_t m, Vector16 v) { _mm256_mask_storeu_epi16(p, __mmask16(m), (__m256i)v); }
+#endif
+
+template <class S> INLINE Vector<Compute<S>> load(const S* p, int64_t n) {
+  constexpr int lanes = Lanes<Compute<S>>::count;
+  if (n >= lanes) return load(p);
+#if defined(ADA2I_MASKS)
+  return widen(masked(p, (1u << n) - 1), p);
+#else
+  S part[lanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load((const S*)part);
+#endif
+}
+
+template <class S> INLINE void store(S* p, Vector<Compute<S>> value, int64_t n) {
+  constexpr int lanes = Lanes<Compute<S>>::count;
+  if (n >= lanes) return store(p, value);
+#if defined(ADA2I_MASKS)
+  masked(p, (1u << n) - 1, narrow(value, (const S*)p));
+#else
+  S part[lanes];
+  store(part, value);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+template <class T> INLINE Vector<T> load_signs(const int8_t* p, int64_t n) {
+  typename Lanes<T>::signs raw = {};
+  if (n >= Lanes<T>::count) __builtin_memcpy(&raw, p, sizeof raw);
+  else for (int i = 0; i < n; ++i) raw[i] = p[i];
+  return __builtin_convertvector(raw, Vector<T>);
+}
+
+// -1, 0 or 1 per lane.
+template <class T> INLINE void store_signs(int8_t* p, Vector<T> value, int64_t n) {
+  auto raw = __builtin_convertvector((value < 0) - (value > 0), typename Lanes<T>::signs);
+  if (n >= Lanes<T>::count) __builtin_memcpy(p, &raw, sizeof raw);
+  else for (int i = 0; i < n; ++i) p[i] = raw[i];
+}
+
+template <class T> INLINE Vector<T> absolute(Vector<T> value) { return value < 0 ? -value : value; }
+
+template <class T> INLINE T sum(Vector<T> value) {
+  T total[Lanes<T>::count];
+  __builtin_memcpy(total, &value, sizeof value);
+  for (int width = Lanes<T>::count / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+  return total[0];
+}
