@@ -166,7 +166,7 @@ def _read_config(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 2)
+    near = difflib.get_close_matches(name, known, 2, 0.7)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -242,6 +242,7 @@ def _train(args) -> int:
         if os.path.isdir(output) and os.listdir(output):
             raise RunError(f"{output} is not empty; choose another --output, or continue the run in it with --resume {output}")
         _ready(corpus, config, seeds)
+        _serves(args.backend, config, device)
         try:
             os.makedirs(output, exist_ok=True)
         except OSError as error:
@@ -281,6 +282,20 @@ def _ready(corpus, config: Ada2IConfig, seeds: Sequence[int]) -> None:
         split(corpus, config.replace(seed=seed))
 
 
+def _serves(backend: str, config: Ada2IConfig, device) -> None:
+    """Asks for the backend before anything runs: one that cannot serve this model here is an error of the command line."""
+    import torch
+
+    from . import backends
+
+    x = [torch.empty(0, config.hidden_dim, device=device) for _ in config.modalities]
+    try:
+        for op in ("tensor_ring", "attention_mapping"):
+            backends.choose(op, x, backend, config.tensor_rank)
+    except (ValueError, RuntimeError) as error:
+        raise RunError(str(error)) from None
+
+
 def _checkpoint(where: str) -> str:
     """The checkpoint file meant by a file, a seed's directory, or a run's (there the seed of the best dev W-F1)."""
     from .training.files import read_json
@@ -309,7 +324,9 @@ def _open_model(args):
     if where is None:
         raise RunError(f"{path} does not say where its corpus was; give it with --corpus")
     corpus = open_corpus(where)
-    return path, values, model_of(values, path, args.backend).to(device), corpus, device
+    model = model_of(values, path, args.backend).to(device)
+    _serves(args.backend, model.config, device)
+    return path, values, model, corpus, device
 
 
 def _evaluate(args) -> int:
@@ -426,7 +443,7 @@ def _info(args) -> int:
     import numpy
     import torch
 
-    from . import __version__
+    from . import __version__, backends
 
     def version(package: str) -> str:
         try:
@@ -447,11 +464,7 @@ def _info(args) -> int:
             rows["cuda"] = "not available" + ("" if torch.version.cuda else " (PyTorch is built without it)")
     except RuntimeError as error:
         rows["cuda"] = f"not usable: {str(error).splitlines()[0]}"
-    if importlib.util.find_spec("ada2i_fast.backends") is not None:
-        from . import backends
-
-        found = backends.info()
-        rows |= found if isinstance(found, dict) else {"backends": found}
+    rows |= backends.info()
     width = max(map(len, rows))
     for name, value in rows.items():
         first, *more = str(value).splitlines() or [""]
@@ -635,6 +648,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (RunError, CorpusError) as error:
         print(f"ada2i-fast: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():   # torch's for either device says so
+            raise
+        print("ada2i-fast: error: out of memory; try a smaller --batch-size or another --device", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ada2i-fast: interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ def small(corpus):
 
     def build(preset="published", **options):
         tiny = dict(hidden_dim=6, tensor_rank=2, feedforward_dim=8, encoder_layers=1, afw_layers=1, batch_size=4, epochs=3,
-                    learning_rate=3e-3, dev_split="official")
+                    learning_rate=3e-3, alpha=0.1, dev_split="official")
         return Ada2IConfig.preset(preset, "synthetic", **{**tiny, **options}, input_widths=corpus.widths,
                                   num_classes=corpus.num_classes)
 
