@@ -10,7 +10,7 @@
 
 namespace ada2i {
 
-// Pointers are to device memory. Mirrored field by field in ada2i_fast/ops/_cuda.py.
+// Pointers are to device memory. Mirrored field by field in ada2i_fast/cuda/attention_mapping.py.
 struct AttentionMapping {
     int32_t dtype, count;
     int64_t rows;

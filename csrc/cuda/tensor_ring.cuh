@@ -21,7 +21,7 @@
 
 namespace ada2i {
 
-// Pointers are to device memory. Mirrored field by field in ada2i_fast/ops/_cuda.py.
+// Pointers are to device memory. Mirrored field by field in ada2i_fast/cuda/tensor_ring.py.
 struct TensorRing {
     int32_t dtype, count, rank, gated_target;
     int64_t rows, dialogues;

@@ -1,0 +1,131 @@
+"""The CUDA backend: `lib/libada2i_cuda.so` (sources in csrc/cuda) through ctypes, one file per op.
+
+A C ABI over raw pointers, so one build serves every version of torch. Nothing synchronises: memory comes from torch's allocator,
+work goes to the current stream, and the launchers only enqueue; so every call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["library", "load", "why_not"]
+
+PATH = Path(__file__).parent.parent / "lib" / "libada2i_cuda.so"
+ABI_VERSION = 1
+MAX_MODALITIES = 8
+MAX_RANK = 32
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TF32 = 3
+
+Pointers = ctypes.c_void_p * MAX_MODALITIES
+Sizes = ctypes.c_int64 * MAX_MODALITIES
+Ints = ctypes.c_int32 * MAX_MODALITIES
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`. Raises OSError, or RuntimeError if it was built from other sources."""
+    handle = ctypes.CDLL(str(path))
+    version = handle.ada2i_cuda_abi_version()
+    if version != ABI_VERSION:
+        raise RuntimeError(f"{path} speaks version {version} of the interface, this package {ABI_VERSION}: build it again")
+    handle.ada2i_cuda_error_string.argtypes = [ctypes.c_int]
+    handle.ada2i_cuda_error_string.restype = ctypes.c_char_p
+    for op in ("tensor_ring", "attention_mapping"):
+        for direction in ("forward", "backward"):
+            call = getattr(handle, f"ada2i_cuda_{op}_{direction}")
+            call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], ctypes.c_int
+            size = getattr(handle, f"ada2i_cuda_{op}_{direction}_scratch")
+            size.argtypes, size.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    return handle
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not PATH.exists():
+        from .. import backends
+
+        return backends.build_reason("cuda")
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    try:
+        return load(PATH)
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{PATH.name} does not load: {error}"
+
+
+def why_not() -> str | None:
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def limits(modalities: int, rank: int = 1) -> str | None:
+    """Why the kernels cannot take so many, or None."""
+    if not 1 <= modalities <= MAX_MODALITIES:
+        return f"the CUDA kernels take 1 to {MAX_MODALITIES} modalities, not {modalities}"
+    if not 1 <= rank <= MAX_RANK:
+        return f"the CUDA kernels take ranks 1 to {MAX_RANK}, not {rank}"
+    return None
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number of an element type in the C interface; float32 products run in TF32 where torch's own may."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: the CUDA kernels take float32, bfloat16 and float16")
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return TF32
+    return DTYPES[dtype]
+
+
+def fill(args: ctypes.Structure, **fields: Sequence[Tensor]) -> None:
+    """Writes tensors' addresses into arrays of pointers."""
+    for name, tensors in fields.items():
+        array = getattr(args, name)
+        for j, tensor in enumerate(tensors):
+            array[j] = tensor.data_ptr()
+
+
+def prepare(name: str, tensors: Sequence[Tensor], like: Tensor, shapes: Sequence[Sequence[int]],
+            dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The tensors made contiguous. ValueError unless they have these shapes: the kernels trust them."""
+    dtype = dtype or like.dtype
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
+    for tensor, shape in zip(tensors, shapes):
+        if tensor.shape != torch.Size(shape) or tensor.dtype != dtype or tensor.device != like.device:
+            raise ValueError(f"{name}: expected {dtype} {list(shape)} on {like.device}, got {tensor.dtype} "
+                             f"{list(tensor.shape)} on {tensor.device}")
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def call(name: str, args: ctypes.Structure, like: Tensor) -> None:
+    """Brings scratch memory and enqueues on the current stream of `like`'s device; RuntimeError on a CUDA error.
+
+    The memory behind `args` may be released right after: torch's allocator gives it away again in stream order.
+    """
+    handle = library()
+    address, size = ctypes.addressof(args), ctypes.sizeof(args)
+    bytes_needed = getattr(handle, f"ada2i_cuda_{name}_scratch")(address, size)
+    if bytes_needed < 0:
+        raise ValueError(f"{name}: arguments out of the kernels' range")
+    scratch = torch.empty(bytes_needed, dtype=torch.uint8, device=like.device)
+    args.scratch = scratch.data_ptr()
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
+        error = getattr(handle, f"ada2i_cuda_{name}")(address, size, stream)
+    if error:
+        raise RuntimeError(f"{name}: {handle.ada2i_cuda_error_string(error).decode()}")
