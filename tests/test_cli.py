@@ -98,11 +98,11 @@ def test_sizes_by_the_name_of_the_corpus(corpus, name, classes, dataset):
 
 
 def test_flags_override_the_file_which_overrides_the_preset(here, capsys):
-    (here / "c.toml").write_text('preset = "released"\ncorpus = "talk.ada2i"\nseeds = [3, 4]\nalpha = 0.25\nbeta = 0.5\nmodalities = "ta"\n'
+    (here / "c.toml").write_text('preset = "released"\ncorpus = "talk.ada2i"\nseeds = [3, 4]\ndropout = 0.25\nbeta = 0.5\nmodalities = "ta"\n'
                                  "cosine_bias = false\n")
     assert train("--config", "c.toml", "--beta", "0.75", "--set", "clip_norm=1", "--set", "beta=9", "--seeds", "1", "--modulation", "-o", "run") == 0
     values = read_toml("run/config.toml")
-    assert (values["preset"], values["alpha"], values["beta"], values["clip_norm"]) == ("released", 0.25, 0.75, 1.0)
+    assert (values["preset"], values["dropout"], values["beta"], values["clip_norm"]) == ("released", 0.25, 0.75, 1.0)
     assert values["modalities"] == ["t", "a"] and values["seeds"] == [12] and values["padding"] == "attended"
     assert values["cosine_bias"] is False and values["input_widths"] == {"t": 10, "a": 8, "v": 9}
     assert values["corpus"] == str(here / "talk.ada2i")

@@ -162,7 +162,7 @@ class _Run:
         self.optimizer = BalancedAdam(self.model)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "min", factor=config.scheduler_factor, patience=config.scheduler_patience)
-        self.dev = list(batches(corpus, dev, config))
+        self.dev = [batch.to(device) for batch in batches(corpus, dev, config)]
         self.test = list(batches(corpus, test, config))
         self.state = _State()
 
