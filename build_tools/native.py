@@ -86,7 +86,69 @@ CXX_RULES = [
 
 
 def cuda_rules(library: Path, objects: Path) -> tuple[str, dict]:
-    raise Unavailable("csrc/cuda holds no sources")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    nvcc = find_nvcc()
+    known = set(subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split())
+    wanted = architectures()
+    usable = [(number, ptx) for number, ptx in wanted if f"compute_{number}" in known]
+    if not usable:
+        raise Unavailable(f"{version_line(nvcc, -2)} knows none of the architectures {[number for number, _ in wanted]}")
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number, _ in usable]
+    codes += [f"-gencode=arch=compute_{number},code=compute_{number}" for number, ptx in usable if ptx]
+    host = ["-ccbin", find_cxx().split()[0]]
+    # nvcc compiles the architectures of one file side by side; ninja the files.
+    threads = min(len(codes), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    rules = [f"nvcc = {nvcc.replace(' ', '$ ')}", f"flags = {' '.join([*NVCC_FLAGS, *host, *codes])} --threads {threads}",
+             f"host = {' '.join(host)}", *NVCC_RULES]
+    names = [f"{source.stem}.o" for source in sources]
+    rules += [f"build {name}: compile {escape(source)}" for name, source in zip(names, sources)]
+    rules += [f"build {escape(library)}: link {' '.join(names)}"]
+    facts = {"compiler": version_line(nvcc, -2), "architectures": [f"sm_{number}" + "+PTX" * ptx for number, ptx in usable]}
+    left_out = [f"sm_{number}" for number, _ in wanted if f"compute_{number}" not in known]
+    return "\n".join(rules) + "\n", facts | ({"unknown to this compiler": left_out} if left_out else {})
+
+
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+NVCC_RULES = [
+    "rule compile",
+    "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+    "  depfile = $out.d",
+    "  deps = gcc",
+    "  description = $out",
+    "rule link",
+    "  command = $nvcc -shared -cudart static $host $in -o $out",
+    "  description = $out",
+]
+
+
+def find_nvcc() -> str:
+    """CUDA_HOME, CUDA_PATH, /usr/local/cuda*, PyPI's toolkit packages, then PATH, where it may be a wrapper."""
+    site = Path(sysconfig.get_path("purelib"))   # that of the target environment, in an isolated build too
+    folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    folders += [*sorted(site.glob("nvidia/cu[0-9]*"), reverse=True), site / "nvidia" / "cuda_nvcc"]
+    for folder in folders:
+        if os.access(folder / "bin" / "nvcc", os.X_OK):
+            return str(folder / "bin" / "nvcc")
+    if path := shutil.which("nvcc"):
+        return path
+    raise Unavailable("nvcc not found (looked at CUDA_HOME, CUDA_PATH, /usr/local/cuda*, site-packages/nvidia, PATH)")
+
+
+def architectures() -> list[tuple[str, bool]]:
+    """(number, whether its PTX goes in too), from TORCH_CUDA_ARCH_LIST or Ampere to Blackwell."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    found = []
+    for entry in text.replace(";", " ").replace(",", " ").split():
+        number, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
+        digits = number.replace(".", "")
+        if not digits.rstrip("af").isdigit() or len(digits) < 2:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 12.0+PTX, got {entry!r}")
+        if int(digits.rstrip("af")) >= 80:
+            found.append((digits, ptx))
+    if not found:
+        raise Unavailable(f"TORCH_CUDA_ARCH_LIST={text} holds nothing from 8.0 on, which the kernels need")
+    return found
 
 
 def find_cxx() -> str:
@@ -122,5 +184,5 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def version_line(compiler: str) -> str:
-    return subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+def version_line(compiler: str, line: int = 0) -> str:
+    return subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[line]
