@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -153,7 +154,5 @@ def info() -> dict[str, str]:
     if importlib.util.find_spec("triton") is None:
         lines["backend triton"] = "unavailable: triton is not installed"
     else:
-        import importlib.metadata
-
         lines["backend triton"] = f"triton {importlib.metadata.version('triton')}; compiles for the device at hand"
     return lines
