@@ -1,0 +1,137 @@
+"""What is measured: dataset shapes, groups, and the work that each group cannot avoid.
+
+A group is op / shape / pass / dtype; in it the implementations compete. Shapes are those of a training batch of the paper's
+data sets, semantics those of the `published` preset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ada2i_fast import Ada2IConfig
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2}
+# Of float32 master weights: Adam reads p, g, m, v and writes p, m, v.
+ADAM_BYTES = 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """lengths: utterances per dialogue. The rest is the model's configuration, by data set and changed fields."""
+
+    name: str
+    dataset: str
+    lengths: tuple[int, ...]
+    changes: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def utterances(self) -> int:
+        return sum(self.lengths)
+
+    def config(self, preset: str = "published") -> Ada2IConfig:
+        return Ada2IConfig.preset(preset, self.dataset, **dict(self.changes))
+
+
+IEMOCAP = Shape("iemocap", "iemocap", (51, 46, 59, 50, 39, 55, 71, 65, 37, 27))
+MELD = Shape("meld", "meld", (33, 3, 14, 5, 9, 2, 11, 6, 8, 5))
+MOSEI = Shape("mosei", "mosei7", (7, 3, 12, 5, 9, 1, 6, 22, 4, 8, 2, 10, 5, 7, 3, 14, 6, 4, 9, 2, 8, 5, 11, 3, 6, 17, 4, 7, 5, 2, 8, 9))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group.
+
+    op: "tensor_ring" | "attention_mapping" | "afw_layer" (both, one AFW layer with its loss) | "model".
+    mode: "training" (forward and backward; for the model a whole step, optimiser included) | "evaluation" (forward only).
+    implementations: who competes, of the textbook's kind; the backends of the device are added.
+    """
+
+    op: str
+    shape: Shape
+    mode: str = "training"
+    dtype: str = "float32"
+    preset: str = "published"
+    compiled: bool = False
+    textbook: bool = True
+    sweep: str = ""                 # scaling only: the quantity on the horizontal axis, and its value
+    at: int = 0
+
+    @property
+    def group(self) -> str:
+        shape = self.shape.name if self.preset == "published" else f"{self.shape.name} {self.preset}"
+        return " / ".join((self.op, shape, self.mode, self.dtype))
+
+    def implementations(self, device: str) -> list[str]:
+        return [*(["textbook"] if self.textbook else []), *(["compiled"] if self.compiled else []), "algebra",
+                *(["cpu"] if device == "cpu" else ["triton", "cuda"])]
+
+
+def cases(op: str, compiled: set[tuple[str, str, str]], modes: tuple[str, ...] = ("training", "evaluation")) -> list[Case]:
+    """An AFW op on the three shapes, in both dtypes; torch.compile takes part in the named groups (it is slow to start)."""
+    return [Case(op, shape, mode, dtype, compiled=(shape.name, mode, dtype) in compiled)
+            for shape in (IEMOCAP, MELD, MOSEI) for mode in modes for dtype in ("float32", "bfloat16")]
+
+
+def scaling() -> list[Case]:
+    """One AFW layer in training against utterances, rank and width; the textbook only where it takes seconds."""
+    found = []
+    for n in (100, 1_000, 10_000, 100_000):
+        found.append(Case("afw_layer", Shape(f"{n} utterances", "iemocap", (50,) * (n // 50)), textbook=n <= 10_000,
+                          sweep="utterances", at=n))
+    for rank in (1, 2, 4, 8, 16, 32):
+        found.append(Case("afw_layer", replace(IEMOCAP, name=f"rank {rank}", changes=(("tensor_rank", rank),)), sweep="rank",
+                          at=rank))
+    for width in (64, 128, 256, 512, 1024):
+        found.append(Case("afw_layer", replace(IEMOCAP, name=f"width {width}", changes=(("hidden_dim", width),)), sweep="width",
+                          at=width))
+    return found
+
+
+def work(case: Case) -> tuple[float, float]:
+    """(floating-point operations, bytes) that a perfect implementation of the case has to spend.
+
+    Operations: matrix products of real rows, two per multiply-add; backward costs twice the forward, and nothing is recomputed.
+    Bytes: inputs, outputs and their gradients once per pass that needs them, parameters once per pass, their gradients
+    once; intermediate results count as cached.
+    """
+    config = case.shape.config(case.preset)
+    m, d, r, n = len(config.modalities), config.hidden_dim, config.tensor_rank, case.shape.utterances
+    dialogues, training, size = len(case.shape.lengths), case.mode == "training", ITEM_SIZE[case.dtype]
+    passes = 3 if training else 1
+
+    ring = m * (n * (4 * d * r + 2 * r * r + r * r * d) + dialogues * (m - 2) * r ** 3)
+    mapping = m * n * d * d
+    ring_parameters, mapping_parameters = m * (4 * d * r + 4 * r + r * r * d + d), m * (d * d + d)
+    rows = m * n * d * size
+    if case.op == "tensor_ring":            # forward x, out, target; backward x, g_out, g_target, g_x
+        multiply_adds, parameters, touched = ring, ring_parameters, rows * (7 if training else 3)
+    elif case.op == "attention_mapping":    # forward x, target; backward x, g_x, g_target
+        multiply_adds, parameters, touched = mapping, mapping_parameters, rows * (5 if training else 2)
+    elif case.op == "afw_layer":            # forward x, out; backward x, g_out, g_x; no loss in evaluation
+        multiply_adds, parameters = ring, ring_parameters
+        touched = rows * (5 if training else 2)
+        if training:
+            multiply_adds, parameters = multiply_adds + mapping, parameters + mapping_parameters
+    else:
+        layers, f = config.encoder_layers, config.feedforward_dim
+        lengths = case.shape.lengths
+        if config.padding == "attended":    # padded rows are rows
+            lengths, n = (max(lengths),) * dialogues, max(lengths) * dialogues
+        pairs = sum(length * length for length in lengths)
+        scale = n / case.shape.utterances
+        multiply_adds = config.afw_layers * scale * (ring + (mapping if training else 0)) + m * n * d * config.num_classes
+        parameters = config.afw_layers * (ring_parameters + (mapping_parameters if training else 0))
+        touched = 0
+        for w in config.input_widths.values():
+            multiply_adds += layers * (n * (4 * w * w + 2 * w * f) + 2 * pairs * w) + n * w * d
+            parameters += layers * (4 * w * w + 2 * w * f + 9 * w + f) + w * d + d
+            touched += 4 * n * w
+    touched += parameters * size * passes
+    if case.op == "model" and training:
+        touched += parameters * ADAM_BYTES
+    return 2.0 * passes * multiply_adds, float(touched)
+
+
+def floor_seconds(operations: float, touched: float, rate: float, bandwidth: float) -> float:
+    """operations at the matrix rate [1/s] plus bytes at the bandwidth [B/s]."""
+    return operations / rate + touched / bandwidth

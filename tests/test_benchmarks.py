@@ -1,0 +1,147 @@
+"""The benchmarks' own logic: report, floors, collection, the check before timing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("pytest_benchmark")
+from benchmarks import cases, implementations, machine, measure, report, run  # noqa: E402
+
+TINY = cases.Shape("tiny", "iemocap", (3, 1, 5), (("hidden_dim", 8), ("tensor_rank", 3), ("feedforward_dim", 16)))
+
+
+def row(implementation: str, median: float, group: str = "afw_layer / tiny / training / float32", **extra) -> dict:
+    info = dict(device="Testing Machine", cpu="Testing Machine", cpu_tier="baseline", threads=1, python="3", torch="2", triton=None, commit="abc",
+                load_at_start=0.0, implementation=implementation, op="afw_layer", shape="tiny", mode="training", dtype="float32", sweep="", at=0,
+                median=median, min=median, iqr=0.1 * median, floor_seconds=1e-3, share_of_floor=1e-3 / median, error_float64=1e-7,
+                saved_bytes=2 ** 20, matrix_rate=1e11, bandwidth=1e10, ratio_to_textbook=0.01 / median, **extra)
+    return {"group": group, "name": implementation, "stats": {"median": median}, "extra_info": info}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder with a fast and a slow row of ours, and a sweep."""
+    raw = {"datetime": "2026-01-01T00:00:00", "benchmarks": [
+        row("textbook", 0.01), row("cpu", 0.002), row("textbook", 0.01, "other / group"), row("cpu", 0.02, "other / group"),
+        *(row("cpu", 0.001 * n, f"sweep {n}") for n in (1, 2))]}
+    for n, each in enumerate(raw["benchmarks"][-2:], 1):
+        each["extra_info"].update(sweep="rank", at=n, shape=f"rank {n}")
+    folder = tmp_path / "testing-machine"
+    folder.mkdir()
+    (folder / "default.json").write_text(json.dumps(run.slim(raw)))
+    return tmp_path
+
+
+def test_the_report_shows_ratios_machine_and_slower_rows(results):
+    assert report.main(["--results", str(results)]) == 0
+    page = (results / "README.md").read_text()
+    lines = page.splitlines()
+    assert "## Testing Machine: default" in lines
+    assert "CPU tier baseline" in page and "torch 2" in page and "commit abc" in page and "100 GFLOP/s float32" in page
+    fast, slow = [line for line in lines if line.startswith("| cpu | ")][:2]
+    assert "2 ms" in fast and "| 5.00 |" in fast and "50%" in fast and "1.0e-07" in fast and "1 MiB" in fast and "slower" not in fast
+    assert "20 ms" in slow and "| 0.50 |" in slow and "**slower**" in slow
+    assert "Rows of ours that a peer beats: 1." in lines
+    assert "(testing-machine/default.png)" in page and (results / "testing-machine" / "default.png").stat().st_size < 100_000
+
+
+def test_without_results_the_report_says_so(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().err
+
+
+def test_floor():
+    assert cases.floor_seconds(3e9, 2e9, 1e9, 4e9) == 3.5
+    # One dialogue of N rows, counted by hand: 2 operations per multiply-add, three passes in training.
+    n, d, r = 4, 8, 3
+    shape = cases.Shape("one", "iemocap", (n,), (("hidden_dim", d), ("tensor_rank", r)))
+    ring = 3 * (n * (4 * d * r + 2 * r * r + r * r * d) + r ** 3)
+    evaluation, training = (cases.work(cases.Case("afw_layer", shape, mode)) for mode in ("evaluation", "training"))
+    assert evaluation[0] == 2 * ring
+    assert training[0] == 2 * 3 * (ring + 3 * n * d * d)
+    assert cases.work(cases.Case("tensor_ring", shape))[0] + cases.work(cases.Case("attention_mapping", shape))[0] == training[0]
+    parameters = 3 * (4 * d * r + 4 * r + r * r * d + d)
+    assert evaluation[1] == 4 * (2 * 3 * n * d + parameters)
+    # The encoders hold about 99 % of the arithmetic, 34 M multiply-adds an utterance (spec, section 5).
+    whole = cases.work(cases.Case("model", cases.IEMOCAP, "evaluation"))[0] / 2 / cases.IEMOCAP.utterances
+    assert 33e6 < whole < 36e6
+    assert cases.IEMOCAP.utterances == 500 and cases.MELD.utterances == 96 and max(cases.MELD.lengths) == 33
+
+
+def test_every_group_collects():
+    found = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--collect-only", "-q", "-m", "", "--device", "cpu",
+                            "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    for op in ("tensor_ring", "attention_mapping", "afw_layer", "model"):
+        for shape in ("iemocap", "meld", "mosei"):
+            for implementation in ("textbook", "algebra", "cpu"):
+                assert f"[{op}-{shape}-training-float32-{implementation}]" in found.stdout
+    for name in ("afw_layer-iemocap-training-float32-compiled", "model-meld-training-bfloat16-cpu", "100000_utterances", "rank_32", "width_1024",
+                 "model-iemocap_released-training"):
+        assert name in found.stdout
+
+
+@pytest.mark.parametrize("op", ["tensor_ring", "attention_mapping", "afw_layer", "model"])
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_competitors_agree_and_run(op, mode):
+    case = cases.Case(op, TINY, mode)
+    exact = implementations.exact(case, "cpu")
+    textbook = implementations.build(case, "textbook", "cpu")
+    error, where = measure.error(textbook.result(), exact)
+    assert error < 1e-4, where
+    competitor = implementations.build(case, "algebra", "cpu")
+    found, where = measure.error(competitor.result(), exact)
+    measure.assert_correct("algebra", found, where, error, "float32")
+    competitor.run()
+    if mode == "training":
+        assert 0 < measure.saved_bytes(competitor.forward, competitor.free) < 1e9
+
+
+def test_a_wrong_implementation_is_not_timed():
+    case = cases.Case("afw_layer", TINY)
+    exact = implementations.exact(case, "cpu")
+    result = implementations.build(case, "algebra", "cpu").result()
+    for name in ("output0", "gradient of x1", "gradient of attention.lin_att.2.lin.weight"):
+        wrong = {**result, name: result[name] * 1.001}
+        error, where = measure.error(wrong, exact)
+        assert where == name
+        with pytest.raises(measure.WrongResult, match=name):
+            measure.assert_correct("algebra", error, where, 1e-7, "float32")
+    result["output0"] = result["output0"] * float("nan")
+    with pytest.raises(measure.WrongResult):
+        measure.assert_correct("algebra", *measure.error(result, exact), 1e-7, "float32")
+    with pytest.raises(measure.WrongResult, match="expected the tensors"):
+        measure.error({}, exact)
+
+
+def test_rounds_are_interleaved():
+    order = []
+    samples = measure.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
+    assert [len(s) for s in samples.values()] == [2, 2]
+    runs = "".join(order[4:])               # behind the two warm-up calls of each
+    shortened = [runs[0]] + [c for before, c in zip(runs, runs[1:]) if c != before]
+    assert shortened == ["a", "b", "a"]     # a b, then b a
+
+
+def test_saved_bytes_count_a_storage_once():
+    x = torch.randn(10, 10, requires_grad=True)
+
+    def forward():
+        y = x * x                           # saves x, which is free
+        return (y * y[:, :5].sum()).sum()   # saves y
+
+    assert measure.saved_bytes(forward, (x,)) == 400 + 4
+
+
+def test_slug():
+    assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
