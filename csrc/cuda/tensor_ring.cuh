@@ -586,7 +586,8 @@ template <class Tile> __device__ void store_piece(const Tile& tile, float* piece
     });
 }
 
-template <class P> __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant__ TensorRing a) {
+// At most 168 registers, so that three blocks share a multiprocessor.
+template <class P> __global__ void __launch_bounds__(kThreads, 3) weight_kernel(const __grid_constant__ TensorRing a) {
     using T = typename P::Storage;
     ADA2I_DYNAMIC_SHARED(shared);
     const int j = blockIdx.z, R = a.rank, split = blockIdx.y;

@@ -145,18 +145,19 @@ __device__ __forceinline__ void product(Tile& tile, const A& a, const B& b, int6
     constexpr int QA = Tile::kM * D / 4 / kThreads, QB = Tile::kN * D / 4 / kThreads;
     float va[QA][4], vb[QB][4];
 
+    // B first: A may store what it computes, and no load can be moved up across a store.
     const auto fetch = [&](int64_t k0) {
-#pragma unroll
-        for (int q = 0; q < QA; ++q) {
-            const int t = q * kThreads + threadIdx.x;
-            if (A::kFast) a.quad(m0 + t / (D / 4), k0 + t % (D / 4) * 4, va[q]);
-            else a.quad(k0 + t / (Tile::kM / 4), m0 + t % (Tile::kM / 4) * 4, va[q]);
-        }
 #pragma unroll
         for (int q = 0; q < QB; ++q) {
             const int t = q * kThreads + threadIdx.x;
             if (B::kFast) b.quad(n0 + t / (D / 4), k0 + t % (D / 4) * 4, vb[q]);
             else b.quad(k0 + t / (Tile::kN / 4), n0 + t % (Tile::kN / 4) * 4, vb[q]);
+        }
+#pragma unroll
+        for (int q = 0; q < QA; ++q) {
+            const int t = q * kThreads + threadIdx.x;
+            if (A::kFast) a.quad(m0 + t / (D / 4), k0 + t % (D / 4) * 4, va[q]);
+            else a.quad(k0 + t / (Tile::kM / 4), m0 + t % (Tile::kM / 4) * 4, va[q]);
         }
     };
     if (begin < end) fetch(begin);

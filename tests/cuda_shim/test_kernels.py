@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 
-import build
-import cases
+import shim_build
+import cuda_cases as cases
 import pytest
 import torch
 
 from ada2i_fast.cuda import attention_mapping, tensor_ring
 from ada2i_fast.ops.dropout import keep_mask
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(shim_build.compiler() is None, reason="no C++ compiler")
 
 EACH_CASE = [(op, case) for op, (table, *_) in cases.OPS.items() for case in table]
 
@@ -22,7 +22,7 @@ EACH_CASE = [(op, case) for op, (table, *_) in cases.OPS.items() for case in tab
 @pytest.fixture(scope="module")
 def order():
     """Sets the order in which the threads of a block run."""
-    with cases.shim(build.compile_library()) as configure:
+    with cases.shim(shim_build.compile_library()) as configure:
         yield configure
 
 
@@ -136,10 +136,10 @@ def test_sign_of_zero_is_zero(order):
 
 def test_address_sanitizer():
     """No access outside a tensor, shared memory or a piece of scratch, in any case."""
-    runtime = build.sanitizer_runtime()
+    runtime = shim_build.sanitizer_runtime()
     if runtime is None:
         pytest.skip("the compiler has no AddressSanitizer runtime")
-    library = build.compile_library(address_sanitizer=True)
+    library = shim_build.compile_library(address_sanitizer=True)
     environment = {**os.environ, "LD_PRELOAD": runtime, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
                    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     result = subprocess.run([sys.executable, cases.__file__, str(library)], env=environment, capture_output=True, text=True)

@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 
-import build
+import shim_build
 import pytest
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(shim_build.compiler() is None, reason="no C++ compiler")
 
 KERNELS = ["neighbour", "no barrier", "early exit", "divergent", "half a warp", "mixed", "beyond shared", "uninitialised", "shuffle",
            "beyond scratch"]
@@ -18,7 +18,7 @@ KERNELS = ["neighbour", "no barrier", "early exit", "divergent", "half a warp", 
 
 @pytest.fixture(scope="module")
 def library():
-    handle = ctypes.CDLL(str(build.compile_library("self_test.cpp")))
+    handle = ctypes.CDLL(str(shim_build.compile_library("self_test.cpp")))
     handle.self_test_error.restype = ctypes.c_char_p
     return handle
 
@@ -55,10 +55,10 @@ def test_shuffle(library):
 @pytest.mark.parametrize("kernel, words", [("beyond shared", "heap-buffer-overflow"), ("beyond scratch", "use-after-poison"),
                                            ("neighbour", None)])
 def test_address_sanitizer(kernel, words):
-    runtime = build.sanitizer_runtime()
+    runtime = shim_build.sanitizer_runtime()
     if runtime is None:
         pytest.skip("the compiler has no AddressSanitizer runtime")
-    path = build.compile_library("self_test.cpp", address_sanitizer=True)
+    path = shim_build.compile_library("self_test.cpp", address_sanitizer=True)
     code = f"import ctypes; ctypes.CDLL({str(path)!r}).self_test({KERNELS.index(kernel)}, 0, (ctypes.c_float * 128)())"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True,
                             env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"})

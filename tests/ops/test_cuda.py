@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
 
-import cases  # noqa: E402
+import cuda_cases as cases  # noqa: E402
 
 from ada2i_fast import cuda  # noqa: E402
 from ada2i_fast.cuda import attention_mapping, tensor_ring  # noqa: E402

@@ -22,7 +22,7 @@ def compiler() -> str | None:
 
 def compile_library(source: str = "driver.cpp", address_sanitizer: bool = False) -> Path:
     """The shared library of one source of this folder. RuntimeError with the compiler's words if it fails."""
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-DADA2I_SHIM", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-DADA2I_SHIM", "-Wall", "-Werror", "-Wno-unknown-pragmas",
              f"-I{HERE}", f"-I{DEVICE_CODE}", *(SANITIZER if address_sanitizer else [])]
     command = compiler()
     content = hashlib.sha256(" ".join([command, *flags, source]).encode())

@@ -1,6 +1,6 @@
 """Cases for the CUDA backend and the rule that judges them; the CPU shim and a real GPU run the same ones.
 
-As a script, runs every case on a shim library: python cases.py LIBRARY. That is how AddressSanitizer sees them, in a process of
+As a script, runs every case on a shim library: python cuda_cases.py LIBRARY. That is how AddressSanitizer sees them, in a process of
 its own with its runtime loaded first.
 """
 
