@@ -12,6 +12,7 @@ Backward, two launches per distinct pair, for g_Phi is a sum over all rows and c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Sequence
 
 import torch
@@ -151,9 +152,10 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
     losses = x[0].new_empty((programs,), dtype=torch.float32)
     with torch.cuda.device_of(x[0]):
         for group, grid, first in launches:
+            mine = partial(common.pick, group)
             map_forward[grid](
-                common.pick(x, group), common.pick(target, group), common.pick(weight, group), common.pick(bias, group),
-                common.pick(sign, group), losses[first:], rows, coefficient[group[0]], D=x[group[0]].shape[1],
+                mine(x), mine(target), mine(weight), mine(bias),
+                mine(sign), losses[first:], rows, coefficient[group[0]], D=x[group[0]].shape[1],
                 COUNT=len(group), **meta)
     return [losses.sum(), *sign]
 
@@ -183,25 +185,26 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
     splits = min(common.MAX_SPLITS, triton.cdiv(row_blocks, 4))
     with torch.cuda.device_of(x[0]):
         for group in common.groups((t.shape[1], c) for t, c in zip(x, coefficient)):
+            mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
             blocks = triton.cdiv(width, meta["BLOCK_D"])
             length = triton.cdiv(width * width + width, 4) * 4
             gradients = x[0].new_empty((splits, count, length), dtype=torch.float32)
             map_backward[(row_blocks * count * blocks + splits * count * blocks * blocks,)](
-                grad_loss, common.pick(x, group), common.pick(sign, group), common.pick(weight, group),
-                common.pick(grad_x, group), common.pick(grad_target, group), gradients, rows, row_blocks, splits,
+                grad_loss, mine(x), mine(sign), mine(weight),
+                mine(grad_x), mine(grad_target), gradients, rows, row_blocks, splits,
                 coefficient[group[0]], D=width, COUNT=count, LENGTH=length, **meta)
-            common.reduce(gradients, [common.pick(grad_weight, group), common.pick(grad_bias, group)])
+            common.reduce(gradients, [mine(grad_weight), mine(grad_bias)])
     return results
 
 
 def constants(dtype: torch.dtype) -> dict:
-    """Compile-time sizes and modes that the kernels share."""
-    return {"OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype), "BLOCK_N": 32, "BLOCK_D": 64,
-            "BLOCK_K": 32, "num_warps": 4, "enable_fp_fusion": True}
+    """Compile-time sizes and modes that the kernels share; the wider an operand, the smaller the tiles, or they spill."""
+    precision = common.precision(dtype)
+    return {"OPERAND": common.storage_operand(dtype), "PRECISION": precision, "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+            "BLOCK_D": 32 if precision == "ieee" else 64, "BLOCK_K": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def why_not(x: Sequence[Tensor], target: Sequence[Tensor] = (), weight: Sequence[Tensor] = (),
-            bias: Sequence[Tensor] = ()) -> str | None:
-    """Why these kernels cannot serve the tensors, or None."""
-    return common.why_not([*x, *target, *weight, *bias])
+def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:
+    """Why these kernels cannot serve M tensors [N, widths[j]] on a device type, or None. Any widths will do; rank plays no part."""
+    return common.why_not(device, dtype)

@@ -4,7 +4,7 @@ Modalities of one width go into one launch: their tensors are passed as tuples, 
 index. So the number of launches depends on the number of distinct widths, not on the number of modalities.
 
 Widths, rank and modes are compile-time constants, numbers of rows and dialogues are not: batches never recompile, except
-that there are three sizes of row tiles (`rows_per_block`).
+that there are two sizes of row tiles (`rows_per_block`).
 
 Row tiles follow dialogues without a table and without asking the device for lengths. Dialogue b may use the tile indices
 from offsets[b] // BLOCK_N + b on: rows floor(offsets / BLOCK_N) advance at least once per full block, and the `+ b` leaves
@@ -147,14 +147,13 @@ def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[t.contiguous() for t in tensors] for tensors in lists]
 
 
-def pick(tensors: Sequence[Tensor], group: Sequence[int]) -> tuple[Tensor, ...]:
+def pick(group: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensors[j] for j in group)
 
 
 def rows_per_block(rows: int, dialogues: int) -> int:
-    """16, 32 or 64 utterances per tile: the power of two that fits the mean dialogue. At most three specialisations."""
-    mean = rows // max(dialogues, 1)
-    return 64 if mean > 32 else 32 if mean > 16 else 16
+    """16 or 32 utterances per tile, as fits the mean dialogue."""
+    return 32 if rows > 16 * dialogues else 16
 
 
 def storage_operand(dtype: torch.dtype) -> tl.dtype:
@@ -180,23 +179,14 @@ def dropout_arguments(dropout: float) -> dict:
     return {"THRESHOLD": threshold(dropout), "DROPOUT": dropout > 0.0}
 
 
-def why_not(tensors: Sequence[Tensor | None], rank: int | None = None) -> str | None:
-    """Why Triton cannot serve these tensors, or None. Looks at metadata only."""
-    present = [t for t in tensors if t is not None]
-    first = present[0]
-    for t in present:
-        if t.device != first.device:
-            return f"tensors on {first.device} and {t.device}"
-    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
-        return f"device {first.device.type}: Triton kernels need CUDA, or TRITON_INTERPRET=1 on the CPU"
-    if first.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "compute capability below 8.0"
-    floating = [t.dtype for t in present if t.is_floating_point()]
-    for dtype in floating:
-        if dtype not in DTYPES:
-            return f"dtype {dtype}: float32, bfloat16 and float16 only"
-        if dtype != floating[0]:
-            return f"mixed dtypes {floating[0]} and {dtype}"
-    if rank is not None and not 1 <= rank <= MAX_RANK:
+def why_not(device: str, dtype: torch.dtype, rank: int = 1) -> str | None:
+    """Why Triton cannot serve tensors of this kind, or None. Asks the driver only about a device that tensors already are on."""
+    if device != "cuda" and not (INTERPRETED and device == "cpu"):
+        return f"device {device}: Triton kernels need CUDA, or TRITON_INTERPRET=1 set before Triton is imported"
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')}: float32, bfloat16 and float16 only"
+    if not 1 <= rank <= MAX_RANK:
         return f"rank {rank}: 1 to {MAX_RANK} only"
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return "compute capability below 8.0"
     return None

@@ -18,6 +18,7 @@ over R (tensor cores want 16), RO pads o inside the map, where 8 will do.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Sequence
 
 import torch
@@ -527,26 +528,27 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
         for t in average:
             t.zero_()
     else:
-        block_n = common.rows_per_block(rows, dialogues)
-        tiles = rows // block_n + dialogues
-        partial = x[0].new_empty((m, tiles, rank, rank), dtype=torch.float32)
-        meta = constants(x[0].dtype, rank, m, block_n)
+        meta = constants(x[0].dtype, rank, rows, dialogues)
+        tiles = rows // meta["BLOCK_N"] + dialogues
+        sums = x[0].new_empty((m, tiles, rank, rank), dtype=torch.float32)
+        keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         with torch.cuda.device_of(x[0]):
             together = common.groups(t.shape[1] for t in x)
             for group in together:
-                width = x[group[0]].shape[1]
+                mine = partial(common.pick, group)
                 project[(tiles, len(group))](
-                    common.pick(x, group), offsets, common.pick(proj_weight, group), common.pick(proj_bias, group), common.pick(proj, group), partial,
-                    dialogues, tiles, D=width, COUNT=len(group), GROUP=group, BLOCK_D=64, num_warps=4,
-                    **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N enable_fp_fusion"))
+                    mine(x), offsets, mine(proj_weight), mine(proj_bias), mine(proj), sums, dialogues, tiles,
+                    D=x[group[0]].shape[1], COUNT=len(group), GROUP=group,
+                    **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
             for group in together:
+                mine = partial(common.pick, group)
                 width = x[group[0]].shape[1]
-                contract[(tiles, len(group) * triton.cdiv(width, 64))](
-                    common.pick(x, group), offsets, common.pick(proj, group), common.pick(map_weight, group), common.pick(map_bias, group), partial,
-                    common.pick(average, group), common.pick(attention, group), common.pick(target, group), common.pick(out, group), seed, dialogues,
-                    tiles, scale, beta, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0, D=width, RING=tuple(ring) or (0,),
-                    COUNT=len(group), GROUP=group, GATED=gated, BLOCK_D=64, num_warps=4, **common.dropout_arguments(dropout),
-                    **only(meta, "R RP RO KB M MAX_PARTS PRECISION BLOCK_N enable_fp_fusion"))
+                contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
+                    mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
+                    mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m,
+                    RING=tuple(ring) or (0,), COUNT=len(group), GROUP=group, GATED=gated,
+                    **common.dropout_arguments(dropout),
+                    **only(meta, "R RP RO KB MAX_PARTS PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
     return out + (target if with_target else []) + proj + average + attention
 
 
@@ -576,47 +578,56 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
                 t.zero_()
         return grad_x + [t for kind in grads for t in kind]
 
-    block_n = common.rows_per_block(rows, dialogues)
-    tiles = rows // block_n + dialogues
+    meta = constants(x[0].dtype, rank, rows, dialogues)
+    tiles = rows // meta["BLOCK_N"] + dialogues
     splits = min(common.MAX_SPLITS, triton.cdiv(tiles, 4))
     float32 = {"dtype": torch.float32}
-    partial = x[0].new_empty((m, tiles, rank, rank), **float32)
-    meta = constants(x[0].dtype, rank, m, block_n)
+    sums = x[0].new_empty((m, tiles, rank, rank), **float32)
+    keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
     ring = tuple(ring) or (0,)
     scratch = []
     with torch.cuda.device_of(x[0]):
         together = common.groups(t.shape[1] for t in x)
         for group in together:
+            mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
             grad_attention = x[0].new_empty((count, rows, width))
             vectors = x[0].new_empty((count, rows, 3 * rank), **float32)
             scratch.append((grad_attention, vectors))
             backward_rows[(tiles, count)](
-                common.pick(grad_out, group), common.pick(grad_target or x, group), common.pick(x, group), offsets, common.pick(proj, group),
-                tuple(average), common.pick(attention, group), common.pick(map_weight, group), common.pick(grad_x, group), grad_attention, vectors,
-                partial, seed, dialogues, tiles, rows, scale, beta, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0, D=width,
-                RING=ring, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, GATED=gated_target, BLOCK_D=64,
-                num_warps=4, **common.dropout_arguments(dropout), **meta)
+                mine(grad_out), mine(grad_target or x), mine(x), offsets, mine(proj), tuple(average), mine(attention),
+                mine(map_weight), mine(grad_x), grad_attention, vectors, sums, seed, dialogues, tiles, rows, scale, beta,
+                keep_scale, D=width, M=m, RING=ring, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0,
+                GATED=gated_target, **common.dropout_arguments(dropout),
+                **{**meta, "num_stages": 1, "num_warps": 8 if meta["PRECISION"] == "ieee" else 4})
         for group, (grad_attention, vectors) in zip(together, scratch):
+            mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
             length = triton.cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
             gradients = x[0].new_empty((splits, count, length), **float32)
-            roles = triton.cdiv(width, 64) * (1 + triton.cdiv(rank, meta["KB"]))
+            roles = triton.cdiv(width, meta["BLOCK_D"]) * (1 + triton.cdiv(rank, meta["KB"]))
             backward_weights[(count * roles, splits)](
-                common.pick(x, group), offsets, common.pick(proj, group), tuple(average), common.pick(proj_weight, group), common.pick(grad_x, group),
-                grad_attention, vectors, partial, gradients, dialogues, tiles, rows, splits, scale, D=width,
-                PATH=ring_path(ring, m), COUNT=count, GROUP=group, LENGTH=length, BLOCK_D=64, num_warps=4, **meta)
-            common.reduce(gradients, [common.pick(kind, group) for kind in grads])
+                mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
+                gradients, dialogues, tiles, rows, splits, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
+                GROUP=group, LENGTH=length, **meta)
+            common.reduce(gradients, [mine(kind) for kind in grads])
     return grad_x + [t for kind in grads for t in kind]
 
 
-def constants(dtype: torch.dtype, rank: int, m: int, block_n: int) -> dict:
-    """Compile-time sizes and modes that the kernels share."""
+def constants(dtype: torch.dtype, rank: int, rows: int, dialogues: int) -> dict:
+    """Compile-time sizes and modes that the kernels share.
+
+    "ieee" products run on the ordinary cores, where a thread holds whole rows and columns of the factors in registers: smaller
+    blocks, or they spill.
+    """
+    precision = common.precision(dtype)
+    small = precision == "ieee"
     padded = triton.next_power_of_2(rank)
     ro = max(8, padded)
-    return {"R": rank, "RP": max(16, padded), "RO": ro, "KB": max(16 // ro, min(64 // ro, padded)), "M": m,
-            "MAX_PARTS": common.MAX_PARTS, "OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype),
-            "BLOCK_N": block_n, "enable_fp_fusion": True}
+    return {"R": rank, "RP": max(16, padded), "RO": ro, "KB": max(16 // ro, min((32 if small else 64) // ro, padded)),
+            "MAX_PARTS": common.MAX_PARTS, "OPERAND": common.storage_operand(dtype), "PRECISION": precision,
+            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": 32 if small else 64,
+            "num_warps": 4, "enable_fp_fusion": True}
 
 
 def ring_path(ring: Sequence[int], m: int) -> tuple[int, ...]:
@@ -638,8 +649,6 @@ def only(meta: dict, names: str) -> dict:
     return {name: meta[name] for name in names.split()}
 
 
-def why_not(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor] = (), proj_bias: Sequence[Tensor] = (),
-            map_weight: Sequence[Tensor] = (), map_bias: Sequence[Tensor] = ()) -> str | None:
-    """Why these kernels cannot serve the tensors, or None."""
-    rank = proj_bias[0].numel() // 4 if len(proj_bias) else None
-    return common.why_not([*x, offsets, *proj_weight, *proj_bias, *map_weight, *map_bias], rank)
+def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int) -> str | None:
+    """Why these kernels cannot serve M tensors [N, widths[j]] on a device type, or None. Any widths will do."""
+    return common.why_not(device, dtype, rank)

@@ -1,0 +1,194 @@
+"""Ahead-of-time resource table of the Triton kernels; needs no GPU.
+
+    python -m tests.kernels.resources              compare with tests/data/triton_resources.json
+    python -m tests.kernels.resources --update     write it (for the installed Triton)
+
+What is compiled is what the launchers launch: they run with Triton's `run` replaced by a recorder, and each recorded launch
+is compiled for every architecture. Registers, stack and local memory come from Triton's own cuobjdump, dynamic shared memory
+from the compiler's metadata. One table per Triton version (major.minor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+
+# name: rows, dialogues, width, rank, gated target (released) or attention (published)
+DATASETS = {"iemocap": (500, 10, 300, 11, True), "meld": (96, 10, 200, 6, False), "mosei": (230, 32, 500, 10, True)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Shared memory that one block may use, bytes (CUDA C++ programming guide, technical specifications).
+SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int8: "*i8"}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@contextmanager
+def recorded() -> Iterator[list]:
+    """Collects (kernel, grid, args, kwargs) of every launch, and launches nothing."""
+    launches: list = []
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        launches.append((self, grid, args, kwargs))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank: int, gated: bool,
+          dropout: float = 0.5) -> tuple[list, list]:
+    """Launches of one AFW layer with its loss: (forward, backward)."""
+    from ada2i_fast.kernels import attention_mapping, tensor_ring
+
+    m = len(widths)
+    x = [torch.empty(rows, d, dtype=dtype) for d in widths]
+    weights = [[torch.empty(shape(d), dtype=dtype) for d in widths]
+               for shape in (lambda d: (4 * rank, d), lambda d: (4 * rank,), lambda d: (d, rank * rank), lambda d: (d,))]
+    phi = [torch.empty(d, d, dtype=dtype) for d in widths], [torch.empty(d, dtype=dtype) for d in widths]
+    offsets = torch.empty(dialogues + 1, dtype=torch.int64)
+    ring = [(j + i) % m for j in range(m) for i in range(1, m)]
+    seed = torch.empty(1, dtype=torch.int64)
+    coefficient = [0.5] * m
+    with recorded() as forward:
+        results = tensor_ring.forward(x, offsets, *weights, ring, 1.0, 0.1, dropout, seed, gated, True)
+        _, *sign = attention_mapping.forward(x, results[m:2 * m], *phi, coefficient)
+    with recorded() as backward:
+        attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient)
+        tensor_ring.backward(x, x, x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated)
+    return forward, backward
+
+
+def source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """What Triton would compile for a launch, and the compiler's options in it."""
+    signature, constants, attributes = {}, {}, {}
+    kwargs = dict(kwargs)
+    named = dict(zip(kernel.arg_names, args))
+
+    def describe(value, path: tuple[int, ...], specialise: bool):
+        if isinstance(value, tuple):
+            return tuple(describe(item, (*path, i), specialise) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            # The caching allocator aligns to 512 bytes; a tensor that starts elsewhere makes no promise.
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = ALIGNED
+            return POINTER[value.dtype]
+        if value is None:
+            constants[path] = None
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if specialise and value == 1:
+            constants[path] = 1
+            return "constexpr"
+        if specialise and value % 16 == 0:
+            attributes[path] = ALIGNED
+        return "i32"
+
+    for index, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            constants[(index,)] = kwargs.pop(parameter.name)
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = describe(named[parameter.name], (index,), not parameter.do_not_specialize)
+    return ASTSource(kernel, signature, constants, attributes), kwargs
+
+
+def usage(kernel: JITFunction, args: tuple, kwargs: dict, capability: int) -> dict[str, int]:
+    """Compile one launch: registers, stack and local bytes per thread, shared bytes per block."""
+    what, options = source(kernel, args, kwargs)
+    compiled = triton.compile(what, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"]),
+            "shared": compiled.metadata.shared}
+
+
+def table(datasets=DATASETS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, dict[str, int]]:
+    rows = {}
+    for dataset in datasets:
+        count, dialogues, width, rank, gated = DATASETS[dataset]
+        for dtype in dtypes:
+            forward, backward = layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated)
+            # attention_mapping reduces first, so the second reduction is tensor_ring's.
+            seen: dict[str, int] = {}
+            for kernel, _, args, kwargs in forward + backward:
+                name = kernel.__name__
+                seen[name] = seen.get(name, 0) + 1
+                name += f"_{seen[name]}" if seen[name] > 1 else ""
+                for capability in capabilities:
+                    rows[f"{name}/{dataset}/{dtype}/sm_{capability}"] = usage(kernel, args, kwargs, capability)
+    return rows
+
+
+def complaints(rows: dict[str, dict[str, int]], recorded_rows: dict[str, dict[str, int]], slack: int = 8) -> list[str]:
+    """What is wrong with `rows`: spills, too much shared memory, more registers or shared memory than recorded."""
+    found = []
+    for key, row in rows.items():
+        if row["stack"] or row["local"]:
+            found.append(f"{key}: spills, stack {row['stack']} and local {row['local']} bytes per thread")
+        limit = SHARED[int(key.rsplit("_", 1)[1])]
+        if row["shared"] > limit:
+            found.append(f"{key}: {row['shared']} bytes of shared memory, the architecture has {limit}")
+        old = recorded_rows.get(key)
+        if old is None:
+            found.append(f"{key}: not in {TABLE.name}; run python -m tests.kernels.resources --update")
+        elif row["registers"] > old["registers"] + slack:
+            found.append(f"{key}: {row['registers']} registers, recorded {old['registers']}")
+        elif row["shared"] > old["shared"]:
+            found.append(f"{key}: {row['shared']} bytes of shared memory, recorded {old['shared']}")
+    return found
+
+
+def load(version: str = VERSION) -> dict[str, dict[str, int]] | None:
+    """The recorded table for a Triton version, or None."""
+    columns, *rows = json.loads(TABLE.read_text()).get(version, [None])
+    return {key: dict(zip(columns, values)) for key, *values in rows} if columns else None
+
+
+def save(rows: dict[str, dict[str, int]]) -> None:
+    tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    columns = ["registers", "stack", "local", "shared"]
+    tables[VERSION] = [columns, *([key, *(row[c] for c in columns)] for key, row in sorted(rows.items()))]
+    body = ",\n".join(f' {json.dumps(version)}: [\n  ' + ",\n  ".join(json.dumps(row) for row in tables[version]) + "\n ]"
+                      for version in sorted(tables))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("{\n" + body + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    rows = {}
+    arguments = parser.parse_args()
+    rows = table()
+    if arguments.update:
+        save(rows)
+    found = complaints(rows, load() or {})
+    print("\n".join(found) or f"{len(rows)} compilations: no spills, within shared memory, as recorded for {VERSION}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,395 @@
+"""Runs the Triton kernels under the interpreter, in a process of their own, and reports every comparison.
+
+    TRITON_INTERPRET=1 python tests/kernels/triton_cases.py [--slow] [--only NAME] [--kernels FOLDER]
+
+One JSON line per case: {"case", "seconds", "checks": [[what, error, allowed], ..]}. --kernels takes the kernels from another
+folder than the installed one (`mutations.py` breaks a copy).
+
+The rule: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus a floor of a few units in the
+last place of the largest element; a result that plain PyTorch gets right by luck needs the floor. The interpreter truncates
+where the device rounds when float32 is stored as bfloat16, one unit more there.
+
+Inputs lie inside buffers full of NaN, and so do the results, which start as NaN themselves: a read outside its tensor shows
+as NaN in a result, a write outside as a number in the padding, and a missing write as NaN.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"     # read when triton is imported
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+PAD = 64
+EPS = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
+FLOOR = {torch.float32: 4, torch.float16: 1, torch.bfloat16: 2}      # units in the last place
+
+# name: (dtype, widths, rank, lengths, settings). ring "list": the others in list order; "ring": once around.
+RING = {
+    "three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list")),
+    "one-modality-rank-1": ("float32", [7], 1, [3, 4], dict()),
+    "two-widths": ("float32", [40, 7], 11, [17, 1, 0, 0, 30], dict(dropout=0.3)),
+    "four-modalities": ("float32", [14, 7, 14, 7], 6, [5, 2], dict(dropout=0.1)),
+    "several-column-blocks": ("float32", [70, 70], 16, [40], dict(gated=True, dropout=0.5)),
+    "no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
+    "rank-32": ("float32", [7, 7], 32, [3, 2], dict(gated=True)),
+    "rank-17": ("float32", [7, 7, 7], 17, [4, 1], dict()),
+    "wide-tiles": ("float32", [70, 70, 70], 10, [36, 3], dict(gated=True, dropout=0.5, ring="list", tf32=True)),
+    "parts": ("float32", [7, 7, 7], 3, [0, 150, 3], dict(dropout=0.5, parts=2)),
+    "float16": ("float16", [40, 40, 40], 10, [3, 0, 20, 1], dict(gated=True, dropout=0.5, ring="list")),
+    "float16-rank-3": ("float16", [14, 14], 3, [2, 3], dict()),
+    "bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
+    "bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
+}
+SLOW_RING = {
+    "many-dialogues": ("float32", [7, 7], 3, [n % 3 for n in range(150)], dict(gated=True)),
+    "long-dialogue": ("float32", [7, 7], 3, [10_000, 1], dict(dropout=0.5)),
+    **{f"rank-{rank}-{dtype}": (dtype, [14, 40, 14], rank, [1, 0, 18, 5], dict(gated=rank % 2 == 0, dropout=0.5, ring="list"))
+       for rank in (1, 3, 5, 6, 10, 11, 16, 17, 32) for dtype in ("float32", "float16", "bfloat16")},
+}
+# name: (dtype, widths, rows, reduction)
+MAPPING = {
+    "mapping": ("float32", [14, 14, 14], 31, "sum"),
+    "mapping-two-widths": ("float32", [70, 9], 140, "mean"),
+    "mapping-one-row": ("float32", [40], 1, "sum"),
+    "mapping-float16": ("float16", [70, 9], 70, "sum"),
+    "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- guarded allocations
+
+
+def guarded(shape, dtype: torch.dtype, fill) -> tuple[torch.Tensor, torch.Tensor]:
+    """(buffer, view of it between two margins)."""
+    size = torch.Size(shape)
+    buffer = torch.full((size.numel() + 2 * PAD,), fill, dtype=dtype)
+    return buffer, buffer[PAD:PAD + size.numel()].view(size)
+
+
+def inside_nan(t: torch.Tensor) -> torch.Tensor:
+    """A copy between margins of NaN, of huge offsets where integers are meant."""
+    _, view = guarded(t.shape, t.dtype, float("nan") if t.is_floating_point() else 77 if t.dtype == torch.int8 else 2 ** 40)
+    return view.copy_(t)
+
+
+@contextmanager
+def poisoned(found: list):
+    """Every uninitialised allocation becomes a guarded one full of NaN (77 for integers); appends what was overwritten."""
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    buffers = []
+
+    def allocate(shape, dtype):
+        buffer, view = guarded(shape, dtype, float("nan") if dtype.is_floating_point else 77)
+        buffers.append(buffer)
+        return view
+
+    def new_empty_(self, size, *, dtype=None, **others):
+        # The interpreter itself asks for empty tensors, of a device.
+        return new_empty(self, size, dtype=dtype, **others) if others else allocate(size, dtype or self.dtype)
+
+    torch.empty_like = lambda t, *, dtype=None, memory_format=None: allocate(t.shape, dtype or t.dtype)
+    torch.Tensor.new_empty = new_empty_
+    try:
+        yield
+    finally:
+        torch.empty_like, torch.Tensor.new_empty = empty_like, new_empty
+    for buffer in buffers:
+        for margin in (buffer[:PAD], buffer[-PAD:]):
+            clean = margin.isnan() if margin.is_floating_point() else margin == 77
+            if not clean.all():
+                found.append(tuple(buffer.shape))
+
+
+# ------------------------------------------------------------------------------------------------------------- comparing
+
+
+class Checks(list):
+    """[what, error, allowed] triples; errors relative to the largest element of the float64 result."""
+
+    def against(self, what: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+        assert actual.shape == exact.shape, (what, actual.shape, exact.shape)
+        if exact.numel() == 0:
+            return
+        largest = max(exact.abs().max().item(), 1e-30)
+        error = (actual.double() - exact).abs().max().item() / largest
+        plain_error = (plain.double() - exact).abs().max().item() / largest
+        # A plain result may overflow where the kernel does not.
+        allowed = 2 * plain_error if plain_error == plain_error and plain_error < 1 else 0.0
+        self.append([what, error if error == error else float("inf"), allowed + FLOOR[dtype] * EPS[dtype]])
+
+    def true(self, what: str, holds: bool) -> None:
+        self.append([what, 0.0 if holds else float("inf"), 0.0])
+
+
+def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths: list[int], settings: dict) -> None:
+    from ada2i_fast.kernels import common, tensor_ring
+    from ada2i_fast.ops.tensor_ring import tensor_ring_torch
+
+    dtype = getattr(torch, dtype)
+    gated, dropout, with_target = settings.get("gated", False), settings.get("dropout", 0.0), settings.get("target", True)
+    m, rows = len(widths), sum(lengths)
+    g = torch.Generator().manual_seed(rank + m)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=g)).to(dtype)
+
+    x = [draw(rows, d) for d in widths]
+    proj_weight = [draw(4 * rank, d, scale=d ** -0.5) for d in widths]
+    proj_bias = [draw(4 * rank, scale=0.5) for d in widths]
+    map_weight = [draw(d, rank * rank, scale=1 / rank) for d in widths]
+    map_bias = [draw(d, scale=0.5) for d in widths]
+    tensors = [x, proj_weight, proj_bias, map_weight, map_bias]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    if settings.get("ring") == "list":
+        ring = [[l for l in range(m) if l != j] for j in range(m)]
+    else:
+        ring = [[(j + i) % m for i in range(1, m)] for j in range(m)]
+    flat = [l for others in ring for l in others]
+    seed = torch.tensor([-0x123456789ABCDEF]) if dropout else None
+    scale, beta = 0.7, 0.3
+    grad_out = [draw(rows, d) for d in widths]
+    grad_target = [draw(rows, d) for d in widths] if with_target else []
+
+    def oracle(precision: torch.dtype):
+        leaves = [[t.to(precision).requires_grad_() for t in kind] for kind in tensors]
+        out, target = tensor_ring_torch(leaves[0], offsets, *leaves[1:], ring, scale, beta, dropout, seed, gated)
+        results = out + (target if with_target else [])
+        grads = torch.autograd.grad(results, [t for kind in leaves for t in kind],
+                                    [t.to(precision) for t in grad_out + grad_target], allow_unused=True)
+        return [t.detach() for t in results], grads
+
+    exact, exact_grads = oracle(torch.float64)
+    plain, plain_grads = oracle(dtype)
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"     # block sizes; exact here
+    common.MAX_PARTS = settings.get("parts", 32)
+    overwritten: list = []
+    given = [[inside_nan(t) for t in kind] for kind in tensors]
+    offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
+    with poisoned(overwritten):
+        result = tensor_ring.forward(given[0], offsets_in, *given[1:], flat, scale, beta, dropout, seed_in, gated, with_target)
+        saved = result[(2 if with_target else 1) * m:]
+        checks.true("the attention is returned once", with_target and not gated and
+                    all(a is b for a, b in zip(result[m:2 * m], saved[2 * m:])) or gated or not with_target)
+        grads = tensor_ring.backward([inside_nan(t) for t in grad_out], [inside_nan(t) for t in grad_target], given[0],
+                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated)
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("saved averages", all(t.dtype == torch.float32 and t.shape == (len(lengths), rank, rank) and bool(
+        torch.isfinite(t).all()) for t in saved[m:2 * m]))
+    for i, (a, b, c) in enumerate(zip(result, plain, exact)):
+        checks.true(f"dtype of result {i}", a.dtype == dtype)
+        checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, dtype)
+    names = [f"grad {kind} {j}" for kind in ("x", "proj_weight", "proj_bias", "map_weight", "map_bias") for j in range(m)]
+    inputs = [t for kind in tensors for t in kind]
+    for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
+        checks.true(f"dtype of {name}", a.dtype == dtype and a.shape == t.shape)
+        checks.against(name, a, b if b is not None else torch.zeros_like(t), c if c is not None else torch.zeros_like(t).double(),
+                       dtype)
+
+
+def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduction: str) -> None:
+    from ada2i_fast.kernels import attention_mapping
+    from ada2i_fast.ops.attention_mapping import attention_mapping_torch
+
+    dtype = getattr(torch, dtype)
+    g = torch.Generator().manual_seed(rows)
+    shapes = [[(rows, d), (rows, d), (d, d), (d,)] for d in widths]
+    tensors = [[torch.randn(shape[i], generator=g).to(dtype) for shape in shapes] for i in range(4)]
+    total = rows * sum(widths)
+    coefficient = [1.0 / (total if reduction == "mean" else rows * d) for d in widths]
+    grad_loss = torch.tensor(1.3)
+
+    def oracle(precision: torch.dtype):
+        leaves = [[t.to(precision).requires_grad_() for t in kind] for kind in tensors]
+        loss = attention_mapping_torch(*leaves, coefficient)
+        return loss.detach(), torch.autograd.grad(loss, [t for kind in leaves for t in kind], grad_loss.to(loss.dtype))
+
+    exact, exact_grads = oracle(torch.float64)
+    plain, plain_grads = oracle(dtype)
+    overwritten: list = []
+    x, target, weight, bias = ([inside_nan(t) for t in kind] for kind in tensors)
+    with poisoned(overwritten):
+        loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
+        grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient)
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("loss is float32 and a scalar", loss.dtype == torch.float32 and loss.shape == ())
+    checks.true("signs are int8", all(s.dtype == torch.int8 and s.shape == t.shape for s, t in zip(sign, x)))
+    checks.against("loss", loss, plain, exact, torch.float32)
+    names = [f"grad {kind} {j}" for kind in ("x", "target", "weight", "bias") for j in range(len(widths))]
+    for name, a, b, c in zip(names, grads, plain_grads, exact_grads):
+        checks.true(f"dtype of {name}", a.dtype == dtype)
+        checks.against(name, a, b, c, dtype)
+    # The derivative of |0| is 0: equal target, so no gradient at all.
+    zero = [torch.zeros_like(t) for t in tensors[0]]
+    loss, *sign = attention_mapping.forward(zero, zero, weight, [torch.zeros_like(t) for t in bias], coefficient)
+    checks.true("sign of 0", loss.item() == 0.0 and not any(s.any() for s in sign))
+
+
+# -------------------------------------------------------------------------------------------------------- shared pieces
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in Python's integers (Salmon et al., SC 2011)."""
+    word = 0xFFFFFFFF
+    for _ in range(10):
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [b >> 32 ^ counter[1] ^ key[0], b & word, a >> 32 ^ counter[3] ^ key[1], a & word]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return counter
+
+
+def dropout_case(checks: Checks) -> None:
+    from ada2i_fast.kernels import common
+    from ada2i_fast.ops.dropout import keep_mask, threshold
+
+    @triton.jit
+    def mask(seed, result, first_row, d0, stream, KEEP: tl.constexpr, THRESHOLD: tl.constexpr):
+        rows = tl.load(first_row) + tl.arange(0, 16)
+        kept = KEEP(seed, tl.load(stream), rows, d0, THRESHOLD, 16, 32)
+        tl.store(result + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :], kept.to(tl.int8))
+
+    def run(seed: int, first_row: int, d0: int, stream: int, p: float) -> torch.Tensor:
+        result = torch.zeros(16, 32, dtype=torch.int8)
+        mask[(1,)](torch.tensor([seed]), result, torch.tensor([first_row]), d0, torch.tensor([stream]), KEEP=common.keep,
+                   THRESHOLD=threshold(p))
+        return result.bool()
+
+    for seed in (0, 12, -1, -0x123456789ABCDEF, 2 ** 63 - 1):
+        for stream, p in ((0, 0.5), (3, 0.1), (1, 0.999)):
+            expected = keep_mask(torch.tensor([seed]), stream, 24, 50, p)
+            checks.true(f"keep_mask({seed}, {stream}, {p})", torch.equal(run(seed, 8, 16, stream, p), expected[8:24, 16:48]))
+    first, seed = 2 ** 33 + 5, 77
+    expected = torch.tensor([[philox([d // 4, n & 0xFFFFFFFF, n >> 32, 2], [seed, 0])[d % 4] >= threshold(0.5)
+                              for d in range(32)] for n in range(first, first + 16)])
+    checks.true("rows beyond 2^32", torch.equal(run(seed, first, 0, 2, 0.5), expected))
+
+
+def locate_case(checks: Checks) -> None:
+    from ada2i_fast.kernels import common
+
+    @triton.jit
+    def where(offsets, result, dialogues, LOCATE: tl.constexpr):
+        tile = tl.program_id(0).to(tl.int64)
+        dialogue, first_tile, start, end = LOCATE(tile, offsets, dialogues, 16)
+        tl.store(result + tile * 4, dialogue)
+        tl.store(result + tile * 4 + 1, first_tile)
+        tl.store(result + tile * 4 + 2, start)
+        tl.store(result + tile * 4 + 3, end)
+
+    g = torch.Generator().manual_seed(0)
+    for dialogues in (1, 2, 128, 129, 160):
+        lengths = torch.randint(0, 40, (dialogues,), generator=g) * (torch.rand(dialogues, generator=g) < 0.7)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        tiles = int(offsets[-1]) // 16 + dialogues
+        result = torch.full((tiles, 4), -1)
+        where[(tiles,)](inside_nan(offsets), result, dialogues, LOCATE=common.locate)
+        rows, fine = set(), True
+        for tile, (b, first, start, end) in enumerate(result.tolist()):
+            fine &= first <= tile and (start, end) == (int(offsets[b]), int(offsets[b + 1]))
+            mine = range(start + (tile - first) * 16, min(start + (tile - first + 1) * 16, end))
+            fine &= rows.isdisjoint(mine)
+            rows.update(mine)
+        checks.true(f"{dialogues} dialogues: each row in one tile", fine and rows == set(range(int(offsets[-1]))))
+
+
+def empty_case(checks: Checks) -> None:
+    from ada2i_fast.kernels import attention_mapping, tensor_ring
+
+    for lengths in ([], [0, 0]):
+        x = [torch.empty(0, 5) for _ in range(2)]
+        weights = [[torch.randn(shape) for _ in x] for shape in ((12, 5), (12,), (5, 9), (5,))]
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        result = tensor_ring.forward(x, offsets, *weights, [1, 0], 1.0, 0.1, 0.0, None, True, True)
+        shapes = [(0, 5)] * 4 + [(0, 12)] * 2 + [(len(lengths), 3, 3)] * 2 + [(0, 5)] * 2
+        checks.true("shapes", [tuple(t.shape) for t in result] == shapes)
+        checks.true("averages are zero", not any(t.any() for t in result[6:8]))
+        grads = tensor_ring.backward(x, x, x, offsets, *weights, result[4:], [1, 0], 1.0, 0.1, 0.0, None, True)
+        checks.true("zero gradients", not any(t.any() for t in grads) and
+                    [t.shape for t in grads] == [t.shape for kind in (x, *weights) for t in kind])
+    square = [torch.randn(5, 5) for _ in range(2)]
+    loss, *sign = attention_mapping.forward(x, x, square, weights[3], [0.0, 0.0])
+    checks.true("zero loss", loss.item() == 0.0 and loss.dtype == torch.float32)
+    grads = attention_mapping.backward(loss, x, sign, square, [0.0, 0.0])
+    checks.true("zero gradients of the mapping", not any(t.any() for t in grads))
+
+
+def reason_case(checks: Checks) -> None:
+    from ada2i_fast.kernels import attention_mapping, tensor_ring
+
+    checks.true("serves the CPU here", tensor_ring.why_not("cpu", torch.float32, (7,), 32) is None)
+    checks.true("rank 33", "rank 33" in (tensor_ring.why_not("cpu", torch.float32, (7,), 33) or ""))
+    checks.true("float64", "float64" in (attention_mapping.why_not("cpu", torch.float64, (7,)) or ""))
+    checks.true("mps", "mps" in (attention_mapping.why_not("mps", torch.float32, (7,)) or ""))
+
+
+def repeat_case(checks: Checks) -> None:
+    """Non-contiguous and expanded inputs give the bits of their contiguous copies."""
+    from ada2i_fast.kernels import tensor_ring
+
+    g = torch.Generator().manual_seed(3)
+    x = [torch.randn(12, 14, generator=g)[:, ::2], torch.randn(1, 7, generator=g).expand(12, 7)]
+    weights = [[torch.randn(*shape, generator=g).t() for _ in x] for shape in ((7, 12), (9, 7))]
+    biases = [[torch.randn(n, generator=g) for _ in x] for n in (12, 7)]
+    offsets = torch.tensor([0, 5, 12])
+    ones = [torch.ones(()).expand(12, 7)] * 2
+
+    def run(f):
+        arguments = [[f(t) for t in kind] for kind in (x, weights[0], biases[0], weights[1], biases[1])]
+        result = tensor_ring.forward(arguments[0], offsets, *arguments[1:], [1, 0], 1.0, 0.1, 0.0, None, False, True)
+        return result + tensor_ring.backward([f(t) for t in ones], [], arguments[0], offsets, *arguments[1:], result[4:], [1, 0],
+                                             1.0, 0.1, 0.0, None, False)
+
+    checks.true("any strides", all(torch.equal(a, b) for a, b in zip(run(lambda t: t), run(lambda t: t.contiguous()))))
+
+
+def cases(slow: bool) -> dict:
+    found = {"dropout": dropout_case, "locate": locate_case, "empty": empty_case, "reasons": reason_case, "strides": repeat_case}
+    for name, arguments in {**RING, **(SLOW_RING if slow else {})}.items():
+        found[name] = lambda checks, arguments=arguments: ring_case(checks, *arguments)
+    for name, arguments in MAPPING.items():
+        found[name] = lambda checks, arguments=arguments: mapping_case(checks, *arguments)
+    return found
+
+
+def use_kernels(folder: Path) -> None:
+    """Import `ada2i_fast.kernels` from a folder."""
+    spec = importlib.util.spec_from_file_location("ada2i_fast.kernels", folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
+    sys.modules["ada2i_fast.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--kernels", type=Path)
+    arguments = parser.parse_args()
+    if arguments.kernels:
+        use_kernels(arguments.kernels)
+    torch.set_num_threads(1)
+    for name, run in cases(arguments.slow).items():
+        if arguments.only and name not in arguments.only:
+            continue
+        checks, start = Checks(), time.perf_counter()
+        try:
+            run(checks)
+        except Exception as error:      # a broken kernel may fail in any way; the case fails with it
+            checks.true(f"{type(error).__name__}: {str(error)[:500]}", False)
+        print(json.dumps({"case": name, "seconds": round(time.perf_counter() - start, 2), "checks": checks}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
