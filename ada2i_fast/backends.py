@@ -111,7 +111,12 @@ def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -
 
     backend: "auto" or a name; RuntimeError with the reason where the named one cannot serve.
     """
-    return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([x_j.shape[1] for x_j in x]), rank)
+    return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([_fixed(x_j.shape[1]) for x_j in x]), _fixed(rank))
+
+
+def _fixed(size: int) -> int:
+    """The number behind a size that torch.compile may hold as a symbol: widths and rank are fixed in compiled code."""
+    return len(range(size))
 
 
 def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:

@@ -1,0 +1,125 @@
+"""Which backend serves, why not the others, and that nothing falls back in silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ada2i_fast import backends, cpu
+from ada2i_fast.ops import attention_mapping, tensor_ring
+
+needs_cpu = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONWARNINGS": "ignore", **environment})
+
+
+def mapping(backend: str = "auto", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    one = [torch.ones(2, 2, dtype=dtype)]
+    return attention_mapping(one, one, one, [torch.ones(2, dtype=dtype)], backend=backend)
+
+
+@needs_cpu
+def test_cpu_serves_cpu_tensors():
+    x = [torch.ones(3, 4)]
+    assert backends.choose("tensor_ring", x) == "cpu"
+    assert backends.choose("tensor_ring", x, "torch") == "torch"
+    assert backends.choose("tensor_ring", x, rank=33) == "torch"
+    assert backends.choose("tensor_ring", [torch.ones(3, 4, dtype=torch.complex64)]) == "torch"
+
+
+@needs_cpu
+def test_explain_names_all():
+    text = backends.explain("tensor_ring", torch.ones(3, 4), rank=40)
+    assert text.splitlines()[0] == "tensor_ring: torch"
+    assert "not cpu: rank 40 is above 32" in text
+    for name in ("cuda", "triton"):
+        assert f"not {name}: the tensors are on cpu, it serves cuda" in text
+    assert "tensor_ring: cpu" in backends.explain("tensor_ring", torch.ones(3, 4), rank=11)
+    assert "not torch: it could, but another comes first" in backends.explain("tensor_ring", torch.ones(3, 4), rank=11)
+
+
+def test_unknown_and_unable_backends_raise():
+    with pytest.raises(ValueError, match="backend: expected 'auto'"):
+        mapping("gpu")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve this input: the tensors are on cpu"):
+        mapping("cuda")
+
+
+def test_environment_forces_without_falling_back(monkeypatch):
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="'cuda' cannot serve"):
+        mapping()
+    assert "cannot serve" in backends.explain("attention_mapping", torch.ones(2, 2))
+    assert mapping("torch") == 2     # an argument goes before the environment
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
+    assert backends.choose("attention_mapping", [torch.ones(2, 2)]) == "torch"
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "metal")
+    with pytest.raises(ValueError, match="metal"):
+        mapping()
+
+
+def test_import_without_libraries(monkeypatch, tmp_path):
+    """A missing or broken library is a reason, not an error; auto goes on with torch."""
+    code = (f"import pathlib; from ada2i_fast import cpu, backends; cpu.PATH = pathlib.Path({str(tmp_path)!r}) / 'x.so';"
+            "{prepare}; import torch; x = torch.ones(2, 3); print(backends.explain('tensor_ring', x)); print(backends.info())")
+    missing = python(code.format(prepare="pass"))
+    assert missing.returncode == 0, missing.stderr
+    assert "tensor_ring: torch" in missing.stdout and "not cpu: not built" in missing.stdout
+    broken = python(code.format(prepare="cpu.PATH.write_text('no library')"))
+    assert broken.returncode == 0, broken.stderr
+    assert "x.so does not load" in broken.stdout
+
+
+def test_import_touches_no_driver():
+    result = python("import torch, ada2i_fast, ada2i_fast.ops, ada2i_fast.backends as b; b.info();"
+                    "assert not torch.cuda.is_initialized();"
+                    "assert 'libcuda.so' not in open('/proc/self/maps').read()")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_cpu
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_one_openmp_runtime():
+    """The library uses the one that torch has loaded; two would fight for the cores."""
+    result = python("import re, torch, ada2i_fast.cpu as c; c.library();"
+                    "print(len(set(re.findall(r'\\S*lib[gi]?omp\\S*', open('/proc/self/maps').read()))))")
+    assert result.stdout.strip() == "1", result.stdout + result.stderr
+
+
+@needs_cpu
+def test_tiers():
+    assert cpu.tiers()[-1] == "baseline" and cpu.tier() in cpu.tiers()
+    result = python("import ada2i_fast.cpu as c; print(c.tier())", ADA2I_FAST_CPU_TIER="baseline")
+    assert result.stdout.strip() == "baseline"
+    with pytest.raises(ValueError, match="tier: expected one of"):
+        cpu.set_tier("sse9")
+
+
+@needs_cpu
+def test_info_tells_what_was_built():
+    lines = backends.info()
+    assert "available" in lines["backend cpu"] and "tiers" in lines["backend cpu"] and cpu.tier() in lines["backend cpu"]
+    assert {"backend cpu", "backend cuda", "backend triton"} <= set(lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_backends_agree_with_torch(backend):
+    torch.manual_seed(0)
+    x = [torch.randn(9, d, device="cuda", requires_grad=True) for d in (5, 8)]
+    parameters = [[torch.randn(*s, device="cuda", requires_grad=True) for s in shapes]
+                  for shapes in (((12, 5), (12, 8)), ((12,), (12,)), ((5, 9), (8, 9)), ((5,), (8,)))]
+    offsets = torch.tensor([0, 4, 9], device="cuda")
+    results = []
+    for name in (backend, "torch"):
+        out, target = tensor_ring(x, offsets, *parameters, ring=[[1], [0]], scale=0.1, backend=name)
+        results.append([*out, *target, *torch.autograd.grad(sum(t.sum() for t in out), [*x, *sum(parameters, [])])])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
