@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 
-import shim_build
 import cuda_cases as cases
 import pytest
+import shim_build
 import torch
 
+from ada2i_fast import cuda
 from ada2i_fast.cuda import attention_mapping, tensor_ring
 from ada2i_fast.ops.dropout import keep_mask
 
@@ -126,6 +128,26 @@ def test_eight_modalities(order):
     with cases.kernels("float32"):
         for name, value in cases.ring_cuda(inputs).items():
             cases.assert_close(name, "float32", value, plain[name], exact[name])
+
+
+def test_other_struct_is_refused(order):
+    """A library built from other sources would read garbage; the size tells."""
+    handle, args = cuda.library(), tensor_ring._Arguments()
+    address, size = ctypes.addressof(args), ctypes.sizeof(args)
+    assert handle.ada2i_cuda_tensor_ring_forward_scratch(address, size + 8) == -1
+    error = handle.ada2i_cuda_tensor_ring_forward(address, size + 8, None)
+    assert handle.ada2i_cuda_error_string(error) == b"invalid argument"
+
+
+def test_reasons_for_not_serving(monkeypatch, tmp_path):
+    assert tensor_ring.why_not("cuda", torch.float32, (300,) * 3, 11) is None
+    assert "1 to 8 modalities, not 9" in attention_mapping.why_not("cuda", torch.float32, (300,) * 9, 1)
+    assert "ranks 1 to 32, not 33" in tensor_ring.why_not("cuda", torch.float32, (300,), 33)
+    assert torch.cuda.is_available() or cuda.why_not()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "PATH", tmp_path / "libada2i_cuda.so")
+    cuda.PATH.write_text("not a library")
+    assert "does not load" in cuda._load.__wrapped__()
 
 
 def test_sign_of_zero_is_zero(order):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import cuda_resources as resources
+import pytest
 
 from ada2i_fast import cuda
 

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 
-import shim_build
 import pytest
+import shim_build
 
 pytestmark = pytest.mark.skipif(shim_build.compiler() is None, reason="no C++ compiler")
 
