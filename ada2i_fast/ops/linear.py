@@ -1,0 +1,137 @@
+"""y = x W^T + b through the fastest matrix product of the device, forward and backward.
+
+    forward   y = x W^T + b
+    backward  g_x = g W,   g_W = g^T x,   g_b = sum_n g
+
+On a CPU torch sends float32 products to MKL, and has oneDNN too. Which is faster depends on the processor, so each product (forward,
+g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and the winner kept.
+ADA2I_FAST_LINEAR = "mkl" | "onednn" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails, "auto"
+stays with MKL. Everything else (other dtypes and devices, autocast, tracing) is `F.linear`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["linear"]
+
+LIBRARIES = ("mkl", "onednn", "auto")
+_SMALL = 1 << 19                 # multiply-adds below which the choice does not matter
+
+_chosen: dict[tuple, str] = {}   # (product, rows as a power of two, inputs, outputs, threads) -> library
+
+
+@functools.cache
+def why_no_onednn() -> str | None:
+    """Why torch's oneDNN product cannot be used."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch is built without oneDNN"
+    try:
+        x = torch.arange(6.0).reshape(2, 3)
+        for a, w in ((x, x), (x.t(), x.t())):
+            torch.testing.assert_close(_onednn(a, w, None, True), a @ w.t())
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        return f"torch's oneDNN product does not work: {error}"
+    return None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+
+
+def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {"mkl": _mkl, "onednn": _onednn}
+
+
+def _library() -> str:
+    name = os.environ.get("ADA2I_FAST_LINEAR") or "auto"
+    if name not in LIBRARIES:
+        raise ValueError(f"ADA2I_FAST_LINEAR: expected one of {', '.join(LIBRARIES)}, got {name!r}")
+    if name == "onednn" and (reason := why_no_onednn()):
+        raise RuntimeError(f"ADA2I_FAST_LINEAR=onednn: {reason}")
+    return name
+
+
+def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
+    library = _library()
+    if library == "auto":
+        (rows, inputs), outputs = x.shape, weight.shape[0]
+        if rows * inputs * outputs < _SMALL or why_no_onednn():
+            library = "mkl"
+        else:
+            # The batch is the dimension that changes from step to step: in g_W it is the one summed over.
+            if kind == "weight":
+                rows, inputs = inputs, rows
+            key = (kind, rows.bit_length(), inputs, outputs, torch.get_num_threads())
+            library = _chosen.get(key)
+            if library is None:
+                library = _chosen[key] = _measure(x, weight, bias, relu)
+    if library == "onednn":
+        x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
+    return _RUN[library](x, weight, bias, relu)
+
+
+def _measure(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> str:
+    """The faster one, by the best of three alternating runs."""
+    best = {}
+    for turn in range(4):
+        for name, run in _RUN.items():
+            start = time.perf_counter()
+            run(x, weight, bias, relu)
+            if turn:                                            # the first run sets up the library
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    return min(best, key=best.__getitem__)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, relu):
+        y = _product("forward", x, weight, bias, relu)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, y = ctx.saved_tensors
+        if y is not None:
+            grad = grad * (y > 0)
+        if torch.is_grad_enabled():                             # create_graph=True: expressions with derivatives of their own
+            products = (lambda: grad @ weight, lambda: grad.t() @ x)
+        else:
+            products = (lambda: _product("input", grad, weight.t()), lambda: _product("weight", grad.t(), x.t()))
+        return (products[0]() if ctx.needs_input_grad[0] else None, products[1]() if ctx.needs_input_grad[1] else None,
+                grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+            or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0 or torch.is_autocast_enabled("cpu")
+            or type(x) not in (Tensor, torch.nn.Parameter) or type(weight) not in (Tensor, torch.nn.Parameter)
+            or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False, backend: str = "auto") -> Tensor:
+    """x: [N, K]; weight: [L, K]; bias: [L] or None; relu: max(0, .) of the result. Returns [N, L].
+
+    backend: "torch" is plain `F.linear`; "auto" and the others take the fastest library of the tensors' device. Under autocast
+    the result has autocast's dtype.
+    """
+    if backend == "torch" or _plain(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return F.relu(y) if relu else y
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, relu)
+    return _product("forward", x, weight, bias, relu)

@@ -1,0 +1,132 @@
+"""`linear`: the product and its gradients, through either library, and when it is plain torch."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ada2i_fast.ops import linear
+
+op = importlib.import_module("ada2i_fast.ops.linear")      # the package's attribute of this name is the function
+
+needs_onednn = pytest.mark.skipif(op.why_no_onednn() is not None, reason=str(op.why_no_onednn()))
+
+
+def case(rows=50, inputs=30, outputs=20, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))]
+
+
+def run(function, x, w, b, grad, **options):
+    x, w, b = (t.clone().requires_grad_() if t is not None else None for t in (x, w, b))
+    y = function(x, w, b, **options)
+    y.backward(grad)
+    return [y.detach(), *(t.grad for t in (x, w, b) if t is not None)]
+
+
+def plain(x, w, b, relu=False):
+    y = F.linear(x, w, b)
+    return F.relu(y) if relu else y
+
+
+@pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn), "auto"])
+def library(request, monkeypatch):
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", request.param)
+    monkeypatch.setattr(op, "_SMALL", 0)
+    monkeypatch.setattr(op, "_chosen", {})
+    return request.param
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 7, 5), (3, 1, 1), (130, 257, 65)])
+def test_against_float64(library, sizes, bias, relu):
+    """At most twice the error of plain torch in float32, or a few roundings of the largest element."""
+    x, w, b, grad = case(*sizes)
+    b = b if bias else None
+    exact = run(plain, *(t.double() if t is not None else None for t in (x, w, b, grad)), relu=relu)
+    usual = run(plain, x, w, b, grad, relu=relu)
+    for got, y, e in zip(run(linear, x, w, b, grad, relu=relu), usual, exact):
+        assert got.dtype == torch.float32 and got.shape == e.shape
+        floor = 8 * 2.0 ** -24 * e.abs().max()
+        assert (got - e).abs().max() <= 2 * (y - e).abs().max() + floor
+
+
+def test_strides(library):
+    """Transposed, sliced, expanded inputs and gradients."""
+    x, w, b, grad = case(40, 24, 16)
+    expected = run(plain, x, w, b, grad)
+    variants = [lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :t.shape[1]],
+                lambda t: torch.stack([t, t], 2)[:, :, 1]]
+    for view in variants:
+        x_v, w_v = view(x).requires_grad_(), view(w).requires_grad_()
+        y = linear(x_v, w_v, b)
+        grads = torch.autograd.grad(y, [x_v, w_v], view(grad))
+        for got, e in zip([y, *grads], expected):
+            torch.testing.assert_close(got, e, rtol=1e-5, atol=1e-5)
+    x_v = x[:1].expand(40, 24).requires_grad_()
+    got = torch.autograd.grad(linear(x_v, w).sum(), x_v)[0]
+    torch.testing.assert_close(got, w.sum(0).expand(40, 24), rtol=1e-5, atol=1e-5)
+
+
+def test_chooses_once_per_shape_class(monkeypatch):
+    monkeypatch.delenv("ADA2I_FAST_LINEAR", raising=False)
+    monkeypatch.setattr(op, "_SMALL", 0)
+    monkeypatch.setattr(op, "_chosen", {})
+    asked = []
+    monkeypatch.setattr(op, "_measure", lambda *a: (asked.append(a[0].shape), "mkl")[1])
+    x, w, b, grad = case(40, 24, 16)
+    run(linear, x, w, b, grad)
+    assert [tuple(s) for s in asked] == ([(40, 24), (40, 16), (16, 40)] if op.why_no_onednn() is None else [])
+    run(linear, x[:33], w, b, grad[:33])                        # the same power of two
+    assert len(asked) in (0, 3)
+    run(linear, x[:20], w, b, grad[:20])
+    assert len(asked) in (0, 6)
+
+
+def test_missing_onednn(monkeypatch):
+    monkeypatch.setattr(op, "why_no_onednn", lambda: "gone")
+    monkeypatch.setattr(op, "_SMALL", 0)
+    x, w, b, grad = case()
+    monkeypatch.delenv("ADA2I_FAST_LINEAR", raising=False)
+    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b))
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "onednn")
+    with pytest.raises(RuntimeError, match="ADA2I_FAST_LINEAR=onednn: gone"):
+        linear(x, w, b)
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "cublas")
+    with pytest.raises(ValueError, match="expected one of mkl, onednn, auto, got 'cublas'"):
+        linear(x, w, b)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_second_derivatives(library, relu):
+    x, w, b, grad = case(6, 5, 4)
+
+    def second(function):
+        x_, w_, b_ = (t.clone().requires_grad_() for t in (x, w, b))
+        first = torch.autograd.grad(function(x_, w_, b_, relu=relu).square().sum(), [x_, w_, b_], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [x_, w_, b_])
+
+    for got, e in zip(second(linear), second(plain)):
+        torch.testing.assert_close(got, e, rtol=1e-4, atol=1e-3)
+
+
+def test_plain_where_it_does_not_serve():
+    x, w, b, grad = case(8, 6, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: linear(*t, relu=True), [t.requires_grad_() for t in (x, w, b)])
+    x, w, b, grad = case(8, 6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, b).dtype == torch.bfloat16
+    assert linear(x[:0], w, b).shape == (0, 4)
+    torch.testing.assert_close(torch.func.grad(lambda w_: linear(x, w_, b).sum())(w), x.sum(0).expand(4, 6))
+
+
+def test_gradients_that_are_not_needed():
+    x, w, b, grad = case()
+    w.requires_grad_()
+    linear(x, w, b).backward(grad)
+    assert x.grad is None and b.grad is None and w.grad is not None
+    assert not linear(x, w.detach(), b).requires_grad
