@@ -585,6 +585,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     sums = x[0].new_empty((m, tiles, rank, rank), **float32)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
     ring = tuple(ring) or (0,)
+    warps = 8 if meta["PRECISION"] == "ieee" else 4     # see `constants`
     scratch = []
     with torch.cuda.device_of(x[0]):
         together = common.groups(t.shape[1] for t in x)
@@ -599,7 +600,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
                 mine(map_weight), mine(grad_x), grad_attention, vectors, sums, seed, dialogues, tiles, rows, scale, beta,
                 keep_scale, D=width, M=m, RING=ring, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0,
                 GATED=gated_target, **common.dropout_arguments(dropout),
-                **{**meta, "num_stages": 1, "num_warps": 8 if meta["PRECISION"] == "ieee" else 4})
+                **{**meta, "num_stages": 1, "num_warps": warps})
         for group, (grad_attention, vectors) in zip(together, scratch):
             mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
@@ -609,7 +610,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
             backward_weights[(count * roles, splits)](
                 mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
                 gradients, dialogues, tiles, rows, splits, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
-                GROUP=group, LENGTH=length, **meta)
+                GROUP=group, LENGTH=length, **{**meta, "num_warps": warps})
             common.reduce(gradients, [mine(kind) for kind in grads])
     return grad_x + [t for kind in grads for t in kind]
 

@@ -1,0 +1,97 @@
+"""Ahead-of-time compilation, launches and host behaviour of the Triton kernels; no GPU, no interpreter."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("ada2i_fast.kernels")
+
+import resources
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What runs for one AFW layer with its loss when all modalities have one width.
+FORWARD = Counter(project=1, contract=1, map_forward=1)
+BACKWARD = Counter(map_backward=1, backward_rows=1, backward_weights=1, reduce_splits=2)
+
+
+def names(launches) -> Counter:
+    return Counter(kernel.__name__ for kernel, *_ in launches)
+
+
+@pytest.mark.parametrize("widths", [[300], [300] * 2, [300] * 3, [300] * 5])
+def test_launches_do_not_grow_with_modalities(widths):
+    forward, backward = resources.layer(torch.float32, 500, 10, widths, 11, gated=True)
+    assert names(forward) == FORWARD and names(backward) == BACKWARD
+
+
+def test_launches_per_distinct_width():
+    forward, backward = resources.layer(torch.float32, 500, 10, [300, 200, 300], 11, gated=True)
+    assert names(forward) == FORWARD + FORWARD and names(backward) == BACKWARD + BACKWARD
+
+
+def test_no_launch_for_an_empty_batch():
+    forward, backward = resources.layer(torch.float32, 0, 10, [300] * 3, 11, gated=True)
+    assert not forward and not backward
+
+
+def test_grids_stay_in_bounds():
+    for rows, dialogues in ((100_000, 1), (100_000, 100_000), (7, 7)):
+        for launches in resources.layer(torch.bfloat16, rows, dialogues, [500] * 3, 32, gated=False):
+            for _, grid, *_ in launches:
+                assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
+
+
+def test_batches_do_not_recompile():
+    """Numbers of rows and dialogues are neither compile-time constants nor specialised on."""
+    seen = set()
+    for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
+        for launches in resources.layer(torch.float32, rows, dialogues, [300] * 3, 11, gated=True):
+            for kernel, _, args, kwargs in launches:
+                what, options = resources.source(kernel, args, kwargs)
+                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+    assert len(seen) == 8       # seven kernels, reduce_splits for two ops
+
+
+def test_no_synchronisation_and_no_copies():
+    """The launchers allocate, view and launch: nothing that would read a value back or break a CUDA graph."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    with Watch():
+        resources.layer(torch.float32, 500, 10, [300] * 3, 11, gated=True)
+    assert seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, seen
+
+
+def test_resources():
+    """Every kernel at IEMOCAP sizes on sm_90, float32 and bfloat16."""
+    compare(resources.table(["iemocap"], ["float32", "bfloat16"], [90]))
+
+
+@pytest.mark.slow
+def test_all_resources():
+    """Every kernel, dtype, dataset and architecture."""
+    compare(resources.table())
+
+
+def compare(rows):
+    recorded = resources.load()
+    found = resources.complaints(rows, recorded if recorded is not None else rows)
+    assert not found, "\n".join(found)
+
+
+def test_complaints_are_raised():
+    good = {"registers": 100, "stack": 0, "local": 0, "shared": 1000}
+    key = "project/iemocap/float32/sm_90"
+    assert not resources.complaints({key: good}, {key: good})
+    for bad, word in ((dict(good, stack=8), "spills"), (dict(good, local=8), "spills"), (dict(good, registers=109), "registers"),
+                      (dict(good, shared=1001), "recorded 1000"), (dict(good, shared=300_000), "the architecture")):
+        assert word in "\n".join(resources.complaints({key: bad}, {key: good}))
+    assert "not in" in resources.complaints({key: good}, {})[0]
