@@ -1,0 +1,278 @@
+"""Breaks one thing at a time and asks whether the tests notice: `python tests/mutations.py [backend ...]`.
+
+Per backend the working tree is copied to a temporary folder; there one mutant after the other is applied, what it needs is built, and
+the backend's tests run until the first failure or the time limit. The unbroken copy runs first: it has to pass. Results go into
+docs/mutations.md, sections of backends that did not run stay as they are. Exit status 1 if a mutant survived, 2 if a
+mutant's text is no longer found in its file or the unbroken copy fails. Nothing else in the working tree is touched.
+
+    python tests/mutations.py --check                # only look whether every mutant still fits its file
+    python tests/mutations.py cuda --only barrier    # those whose kind or description holds the word
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "mutations.md"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which occurs once in `file`, becomes `new`. kind: sign, bound, mask, barrier, scale or index."""
+
+    backend: str
+    kind: str
+    file: str
+    old: str
+    new: str
+    what: str
+
+
+RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
+CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
+CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
+TRITON_RING, TRITON_MAPPING, TRITON_COMMON = "kernels/tensor_ring.py", "kernels/attention_mapping.py", "kernels/common.py"
+
+MUTANTS = [
+    # ---- the algebra in PyTorch
+    Mutant("torch", "sign", RING, "gated = attention * x[j] + beta * x[j]", "gated = attention * x[j] - beta * x[j]", "the gate subtracts beta x"),
+    Mutant("torch", "scale", RING, "w = scale * v[j]", "w = v[j]", "w without the attention scale"),
+    Mutant("torch", "bound", RING, "lengths.clamp(min=1)", "(lengths + 1)", "means over one utterance too many"),
+    Mutant("torch", "index", RING, "contracted = average[ring[j][0]]", "contracted = average[ring[j][-1]]", "the ring starts at its last modality"),
+    Mutant("torch", "index", RING, '"nk,nko->no"', '"no,nko->nk"', "w = C v instead of C^T v"),
+    Mutant("torch", "scale", RING, "* keep_mask(seed, j, *gated.shape, dropout) / (1.0 - dropout)",
+           "* keep_mask(seed, j, *gated.shape, dropout)", "kept elements are not scaled up"),
+    Mutant("torch", "sign", MAPPING, "(F.linear(x_j, w, b) - target_j)", "(F.linear(x_j, w, b) + target_j)", "the loss adds the target"),
+    Mutant("torch", "scale", MAPPING, "[sum(elements)] * len(elements)", "[max(elements)] * len(elements)", "the mean over all divides by one modality"),
+    Mutant("torch", "sign", MAPPING, "*(-s_j for s_j in s)", "*(s_j for s_j in s)", "sign of the target's gradient under create_graph"),
+    Mutant("torch", "index", "ada2i_fast/ops/dropout.py", "torch.full_like(n, stream)", "torch.zeros_like(n)", "all modalities share a mask"),
+    Mutant("torch", "index", "ada2i_fast/ops/dialogue_attention.py", "q, k, v = block", "q, v, k = block", "keys and values change places"),
+    Mutant("torch", "index", "ada2i_fast/ops/cosine_fusion.py", 'axis = 0 if cosine_norm == "classes" else 1', 'axis = 1 if cosine_norm == "classes" else 0',
+           "weights of unit norm over the other axis"),
+    # ---- C++ for the CPU
+    Mutant("cpu", "sign", CPU_RING, "auto gated = att * x_n + beta * x_n;", "auto gated = att * x_n - beta * x_n;", "the gate subtracts beta x"),
+    Mutant("cpu", "sign", CPU_MAPPING, "store(grad_target + i * D + d, -factor * s, n);", "store(grad_target + i * D + d, factor * s, n);",
+           "sign of the target's gradient"),
+    Mutant("cpu", "scale", CPU_RING, "const T share = T(args->scale / double(ring.length(b)));", "const T share = T(1.0 / double(ring.length(b)));",
+           "gradient through the means without the attention scale"),
+    Mutant("cpu", "index", CPU_RING, "for (int64_t l = M - 2; l > i; --l) {", "for (int64_t l = M - 2; l > i + 1; --l) {",
+           "the product rule leaves a factor out"),
+    Mutant("cpu", "index", "csrc/cpu/philox.inl", "c0[i] = uint64_t(column / 4 + i);", "c0[i] = uint64_t(column / 4);",
+           "blocks of a row share their random words"),
+    Mutant("cpu", "bound", CPU_MAPPING, "const int64_t n = smaller(lanes, columns - v), d = column + v;", "const int64_t n = lanes, d = column + v;",
+           "the last vector of a row runs beyond it"),
+    Mutant("cpu", "bound", CPU_RING, "if (args->offsets[middle] <= n) low = middle;", "if (args->offsets[middle] < n) low = middle;",
+           "a dialogue's first row belongs to the one before"),
+    Mutant("cpu", "mask", CPU_RING, "if (!args->gated_target) att += target;", "att += target;", "the target's gradient counts twice"),
+    # ---- CUDA C++, on the shim
+    Mutant("cuda", "barrier", CUDA_TILE, "        __syncthreads();\n        if (k0 + D < end) fetch(k0 + D);", "        if (k0 + D < end) fetch(k0 + D);",
+           "no barrier between filling the tile and multiplying"),
+    Mutant("cuda", "barrier", CUDA_RING, "    __syncthreads();\n    const int64_t left = a.rows - row0;\n    sum_segments(",
+           "    const int64_t left = a.rows - row0;\n    sum_segments(", "no barrier between writing u, v and summing them"),
+    Mutant("cuda", "barrier", CUDA_MAPPING, "    __syncthreads();\n    return shared[0]", "    return shared[0]", "no barrier inside the block's sum"),
+    Mutant("cuda", "sign", CUDA_RING, "v[e] * x[e] + t[e];", "v[e] * x[e] - t[e];", "sign of the target's gradient in g_att"),
+    Mutant("cuda", "sign", CUDA_MAPPING, "difference[e] < 0.0f ? -1.0f : 0.0f", "difference[e] < 0.0f ? 1.0f : 0.0f", "the kept sign is never negative"),
+    Mutant("cuda", "bound", CUDA_RING, "        if (n >= a.rows || valid <= 0) return;\n        float b[2], xs[2]",
+           "        if (valid <= 0) return;\n        float b[2], xs[2]", "rows beyond the last are read and written"),
+    Mutant("cuda", "scale", CUDA_RING, "w0[i] = a.scale * v[i];", "w0[i] = v[i];", "w without the attention scale"),
+    Mutant("cuda", "index", CUDA_RING, "(65536u + r - 1) / r", "65536u / r", "the reciprocal that splits kk into (k, o) is rounded down"),
+    Mutant("cuda", "index", CUDA_RING, "a.segment[j][(tile + b) * R * R + i] = sum;", "a.segment[j][tile * R * R + i] = sum;",
+           "segments of a tile share a place"),
+    # ---- Triton, under the interpreter
+    Mutant("triton", "sign", TRITON_RING, "gated = attention * x_tile + beta * x_tile", "gated = attention * x_tile - beta * x_tile",
+           "the gate subtracts beta x"),
+    Mutant("triton", "sign", TRITON_MAPPING, "(-factor * own)", "(factor * own)", "sign of the target's gradient"),
+    Mutant("triton", "mask", TRITON_RING, "u = tl.where(inside[:, None], q1 * k1, 0.0)", "u = q1 * k1", "rows past a dialogue enter its mean"),
+    Mutant("triton", "bound", TRITON_RING, "    inside = rows < end\n    v = load_projection", "    inside = rows <= end\n    v = load_projection",
+           "a block writes the row after its dialogue"),
+    Mutant("triton", "scale", TRITON_RING, "factor = scale / tl.maximum(length, 1).to(tl.float32)\n    if (tile", "factor = 1.0 / tl.maximum(length, 1).to(tl.float32)\n    if (tile",
+           "means without the attention scale"),
+    Mutant("triton", "index", TRITON_COMMON, "at += GROUP * LENGTH", "at += LENGTH", "partial gradients are read with the wrong stride"),
+    Mutant("triton", "index", TRITON_COMMON, "(d0 // 4 + tl.arange(0, BLOCK_D // 4))", "(tl.arange(0, BLOCK_D // 4))",
+           "blocks of columns share their random words"),
+    Mutant("triton", "index", TRITON_MAPPING, "gradients + D * D + o, factor * bias", "gradients + D * D + d, factor * bias",
+           "the bias gradient of every block lands in the first"),
+]
+
+# Backend: (build or None, tests, seconds for one run). Commands run in the copy.
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools import native; "
+         "native.build(Path('ada2i_fast/lib').resolve(), Path('build/native').resolve())"]
+BACKENDS = {
+    "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
+                     "tests/ops/test_tensor_ring.py"], 600),
+    "cpu": (BUILD, [*PYTEST, "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
+    "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
+    "triton": (None, [sys.executable, "tests/kernels/triton_cases.py"], 900),
+}
+
+
+def misfits() -> list[str]:
+    """Mutants whose text does not occur exactly once in its file."""
+    found = []
+    for m in MUTANTS:
+        path = ROOT / m.file
+        count = path.read_text().count(m.old) if path.exists() else 0
+        if count != 1:
+            found.append(f"{m.backend}: {m.what}: found {count} times, not once, in {m.file}: {m.old!r}")
+    return found
+
+
+def copy_tree(target: Path) -> None:
+    """What git would commit, new files included, and the built libraries."""
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True,
+                           text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():         # a file removed but not yet committed is listed too
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    for name in ("ada2i_fast/lib", "build/native"):
+        if (ROOT / name).is_dir() and not (target / name).exists():
+            shutil.copytree(ROOT / name, target / name)
+    (target / "ada2i_fast" / "kernels").symlink_to("../kernels")        # as the installed package has it
+
+
+def environment(copy: Path) -> dict[str, str]:
+    temporary = copy.parent / "tmp"         # compilers' and tests' caches: gone with the copy
+    temporary.mkdir(exist_ok=True)
+    # The CUDA library is not under test here, and nvcc is slow; HYPOTHESIS: no example database of an earlier mutant.
+    return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1",
+            "TRITON_CACHE_DIR": str(temporary / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis")}
+
+
+def run(command: list[str], copy: Path, limit: float) -> tuple[str, str]:
+    """("passed" | "failed" | "crashed" | "timeout" | "not run", the line that says why)."""
+    process = subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace", start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)      # its own session: the children too
+        process.communicate()
+        return "timeout", f"longer than {limit:.0f} s"
+    lines = output.strip().splitlines() or [""]
+    if process.returncode < 0:
+        return "crashed", signal.Signals(-process.returncode).name
+    if "pytest" in command:
+        if process.returncode == 0:
+            return "passed", lines[-1]
+        if process.returncode == 1:
+            return "failed", next((line.split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ") for line in lines
+                                   if line.startswith(("FAILED ", "ERROR "))), lines[-1])
+        return "not run", lines[-1]
+    if command[-1].endswith("triton_cases.py"):     # JSON lines, one per case
+        cases = [json.loads(line) for line in lines if line.startswith("{")]
+        broken = [f"{case['case']}: {what}" for case in cases for what, error, allowed in case["checks"] if not error <= allowed]
+        if broken:
+            return "failed", broken[0]
+        return ("passed", f"{len(cases)} cases") if process.returncode == 0 and cases else ("not run", lines[-1])
+    return ("passed" if process.returncode == 0 else "not run"), lines[-1]
+
+
+def clear_bytecode(copy: Path) -> None:
+    for folder in copy.rglob("__pycache__"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, str]]:
+    build, tests, limit = BACKENDS[backend]
+    with tempfile.TemporaryDirectory(prefix="ada2i_mutations_") as folder:
+        copy = Path(folder) / "tree"
+        copy_tree(copy)
+        clear_bytecode(copy)
+
+        def attempt() -> tuple[str, str]:
+            if build:
+                state, why = run(build, copy, 900)
+                if state != "passed":
+                    return "not run", f"does not build: {why}"
+                info = json.loads((copy / "ada2i_fast" / "lib" / "build_info.json").read_text())[backend]
+                if not info["library"]:
+                    return "not run", f"does not build: {info['reason'][:200]}"
+            return run(tests, copy, limit)
+
+        start = time.time()
+        state, why = attempt()
+        print(f"{backend}: unbroken: {state} ({why}), {time.time() - start:.0f} s", flush=True)
+        if state != "passed":
+            raise SystemExit(2)
+        results = []
+        for mutant in mutants:
+            path, start = copy / mutant.file, time.time()
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                print(f"{mutant.what}: its text changed since the start", file=sys.stderr)
+                raise SystemExit(2)
+            path.write_text(text.replace(mutant.old, mutant.new))
+            try:
+                state, why = attempt()
+            finally:
+                path.write_text(text)
+            verdict = {"passed": "SURVIVED", "not run": "not run"}.get(state, "caught")
+            print(f"{backend}: {mutant.kind}: {mutant.what}: {verdict}, {state} ({why}), {time.time() - start:.0f} s", flush=True)
+            results.append((mutant, verdict, why if state == "failed" else f"{state}: {why}"))
+        return results
+
+
+def sections(page: str) -> dict[str, str]:
+    """The page's sections by backend, without the headings."""
+    return {part.split("\n", 1)[0].strip(): part.split("\n", 1)[1].strip() for part in page.split("\n## ")[1:]}
+
+
+def write_page(results: dict[str, list[tuple[Mutant, str, str]]]) -> None:
+    old = sections(PAGE.read_text()) if PAGE.exists() else {}
+    lines = ["# Mutations", "",
+             "Generated by `python tests/mutations.py`: each line breaks one thing in a copy of the tree and runs the backend's tests. "
+             "The last column is the first test that failed.", ""]
+    for backend in BACKENDS:
+        if backend in results:
+            rows = results[backend]
+            caught = sum(verdict == "caught" for _, verdict, _ in rows)
+            body = [f"{caught} of {len(rows)} caught.", "", "| kind | file | what is broken | result | by |", "|---|---|---|---|---|"]
+            for m, verdict, why in rows:
+                shown = why.replace("|", "/").replace("`", "'")
+                body.append(f"| {m.kind} | `{m.file}` | {m.what} | {verdict if verdict == 'caught' else f'**{verdict}**'} | {shown[:120]} |")
+            lines += [f"## {backend}", "", *body, ""]
+        elif backend in old:
+            lines += [f"## {backend}", "", old[backend], ""]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backends", nargs="*", metavar="backend", help=f"of {', '.join(BACKENDS)}; default all")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", help="a word in the kind or the description; the page is not written then")
+    arguments = parser.parse_args()
+    unknown = set(arguments.backends) - set(BACKENDS)
+    if unknown:
+        parser.error(f"backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+    if bad := misfits():
+        print("\n".join(bad), file=sys.stderr)
+        return 2
+    if arguments.check:
+        print(f"all {len(MUTANTS)} mutants fit")
+        return 0
+    results = {}
+    for backend in arguments.backends or BACKENDS:
+        mutants = [m for m in MUTANTS if m.backend == backend and (not arguments.only or arguments.only in f"{m.kind} {m.what}")]
+        results[backend] = run_backend(backend, mutants)
+        if not arguments.only:
+            write_page(results)
+    return int(any(verdict != "caught" for rows in results.values() for _, verdict, _ in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
