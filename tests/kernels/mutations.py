@@ -1,0 +1,81 @@
+"""Break the Triton kernels on purpose, one place at a time, and see whether the interpreter cases notice.
+
+    python tests/kernels/mutations.py [NUMBER ..]
+
+Each mutation is made in a copy of kernels/, and a few small cases run on it. Exit status 1 if one survives.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+SCRIPT = Path(__file__).with_name("triton_cases.py")
+RING = ["one-modality-rank-1", "float16-rank-3", "three-modalities"]        # in this order, until one fails
+MAPPING = ["mapping-one-row", "mapping"]
+
+# kind, file, text, replacement, cases
+MUTATIONS = [
+    ("scale", "tensor_ring.py", "w = narrow(scale * v, BLOCK_N, RP, RO)\n\n    d = d0", "w = narrow(v, BLOCK_N, RP, RO)\n\n    d = d0", RING),
+    ("sign", "tensor_ring.py", "gated = attention * x_tile + beta * x_tile", "gated = attention * x_tile - beta * x_tile", RING),
+    ("mask", "tensor_ring.py", "u = tl.where(inside[:, None], q1 * k1, 0.0)", "u = q1 * k1", ["three-modalities"]),
+    ("index", "tensor_ring.py", "lookup(j, RING, M, M - 1, p) * tiles", "lookup(j, RING, M, M - 1, 0) * tiles", ["three-modalities"]),
+    ("bound", "tensor_ring.py", "inside = rows < end\n    v =", "inside = rows <= end\n    v =", ["three-modalities"]),
+    ("scale", "tensor_ring.py", "kept, gated * keep_scale, 0.0", "kept, gated, 0.0", ["three-modalities"]),
+    ("sign", "tensor_ring.py", "                    g += t", "                    g -= t", ["three-modalities"]),
+    ("index", "tensor_ring.py", "g_q1 = g_u * k1", "g_q1 = g_u * q1", RING),
+    ("scale", "tensor_ring.py", "g_a = g_a * (scale / length", "g_a = g_a * (1.0 / length", ["float16-rank-3", "three-modalities"]),
+    ("index", "tensor_ring.py", "if code % 2 == 0:", "if code % 2 == 1:", ["three-modalities"]),
+    ("index", "tensor_ring.py", "return k * R + o, (k < R) & (o < R)", "return k * R + o, (k < R)", ["float16-rank-3"]),
+    ("bound", "tensor_ring.py", "tl.minimum((split + 1) * per_split, rows_total), (role", "(split + 1) * per_split, (role", ["three-modalities"]),
+    ("index", "tensor_ring.py", "if k0 == 0:", "if k0 == 1:", RING),
+    ("bound", "common.py", "low + lane * step\n        inside = lane * step < count", "low + lane * step\n        inside = lane * step < count - 1", ["three-modalities"]),
+    ("index", "common.py", "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))", ["dropout"]),
+    ("bound", "common.py", "words >= tl.full", "words > tl.full", ["dropout"]),
+    ("bound", "common.py", "(column < BOUNDS[kind + 1])", "(column <= BOUNDS[kind + 1])", RING),
+    ("index", "common.py", "        at += GROUP * LENGTH", "        at += LENGTH", ["three-modalities", "mapping-float16"]),
+    ("sign", "attention_mapping.py", "(-factor * own)", "(factor * own)", MAPPING),
+    ("bound", "attention_mapping.py", "    inside = rows < rows_total\n\n    mapped", "    inside = rows <= rows_total\n\n    mapped", MAPPING),
+    ("scale", "attention_mapping.py", "losses + program, coefficient * distance", "losses + program, distance", MAPPING),
+    ("index", "attention_mapping.py", "program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)", "program = tl.program_id(0).to(tl.int64)", ["mapping"]),
+    ("mask", "attention_mapping.py", "tl.where(mask, tl.abs(difference), 0.0)", "tl.abs(difference)", MAPPING),
+    ("sign", "attention_mapping.py", "(difference > 0).to(tl.int8) - (difference < 0)", "(difference >= 0).to(tl.int8) - (difference < 0)", MAPPING),
+]
+
+
+def caught_by(file: str, text: str, replacement: str, cases: list[str]) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(KERNELS, Path(folder) / "kernels", ignore=shutil.ignore_patterns("__pycache__")))
+        source = (copy / file).read_text()
+        assert text in source, f"{file} no longer has: {text}"
+        (copy / file).write_text(source.replace(text, replacement))
+        for case in cases:
+            run = subprocess.run([sys.executable, SCRIPT, "--only", case, "--kernels", str(copy)], capture_output=True, text=True)
+            if run.returncode:
+                return f"{case} (ended with {run.returncode})"
+            checks = json.loads(run.stdout)["checks"]
+            broken = [what for what, error, allowed in checks if not error <= allowed]
+            if broken:
+                return f"{case}: {broken[0][:60]}"
+    return None
+
+
+def main() -> int:
+    survived = 0
+    wanted = [int(number) for number in sys.argv[1:]] or range(len(MUTATIONS))
+    for number in wanted:
+        kind, file, text, replacement, cases = MUTATIONS[number]
+        found = caught_by(file, text, replacement, cases)
+        survived += found is None
+        print(f"{number:2} {kind:6} {file:21} {text.splitlines()[0].strip()[:50]:50} {found or 'SURVIVED'}", flush=True)
+    print(f"{len(wanted) - survived} of {len(wanted)} mutations caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
