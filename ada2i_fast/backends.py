@@ -15,6 +15,9 @@ op without `backend`; `ring` comes flattened. They return flat lists:
     attention_mapping.forward   loss (float32, or float64 for float64 inputs), M signs int8 [N, D_j]
     attention_mapping.backward  gradients of x, target, weight, bias, M each
 
+`dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update) are
+called as their op files say.
+
 The target may be the attention itself, where that is what the loss compares with. A module may have `why_not(device, dtype, widths,
 rank) -> str | None` for limits of its own.
 
@@ -37,7 +40,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "MAX_RANK", "choose", "explain", "info", "module"]
+__all__ = ["BACKENDS", "MAX_RANK", "best", "choose", "explain", "info", "module"]
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
@@ -117,6 +120,13 @@ def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -
 def _fixed(size: int) -> int:
     """The number behind a size that torch.compile may hold as a symbol: widths and rank are fixed in compiled code."""
     return len(range(size))
+
+
+@torch.compiler.assume_constant_result
+def best(op: str, device: str, dtype: torch.dtype, width: int) -> str:
+    """The backend that serves `op` best, for ops whose caller does not name one; only ADA2I_FAST_BACKEND=torch has a say."""
+    forced = "torch" if os.environ.get("ADA2I_FAST_BACKEND") == "torch" else ""
+    return _cached(op, "auto", forced, device, dtype, (width,), 1)
 
 
 def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:

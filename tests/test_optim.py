@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, reference
+from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
 from ada2i_fast.balance import disparity_ratio, modulation_coefficients
 from conftest import padded_case, small_config, spread_parameters
 
@@ -41,6 +41,113 @@ def test_equals_the_textbook_over_several_steps(changes):
         torch.testing.assert_close(balanced.last_norm, norm, rtol=1e-10, atol=0)
     for (name, p), q in zip(first.named_parameters(), second.parameters()):
         torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-9, msg=name)
+
+
+NATIVE = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+def float32_pair(**changes):
+    (first, second), _ = pair(**changes)
+    g = torch.Generator().manual_seed(5)
+    grads = [[torch.randn(p.shape, generator=g, dtype=torch.float64).float() for p in first.parameters()] for _ in range(4)]
+    return first, second.float(), grads
+
+
+@NATIVE
+@pytest.mark.parametrize("changes", [{}, dict(clip_order="after"), dict(clip_norm=0.0), dict(weight_decay=0.1)],
+                         ids=["released", "clip after", "no clipping", "weight decay"])
+def test_native_float32_equals_the_textbook(changes):
+    """Four steps on given float32 gradients, the textbook in float64. An update is lr m / (sqrt(v) + eps) with |m| / sqrt(v) <= 1 to 3
+    and some ten roundings of 2^-24 in it, plus one of theta per step; so lr 40 2^-24 + |theta| 4 2^-24 at most, doubled.
+    """
+    first, second, grads = float32_pair(**changes)
+    first.load_state_dict({name: v.double() for name, v in second.state_dict().items()})
+    lr, decay = 1e-3, first.config.weight_decay
+    adam = torch.optim.Adam(first.parameters(), lr=lr, weight_decay=decay)
+    balanced = BalancedAdam(second, lr=lr, backend="cpu")
+    for step in range(4):
+        ratio = None if step == 0 else RATIO
+        for model in (first, second):
+            for p, g in zip(model.parameters(), grads[step]):
+                p.grad = g.to(p.dtype).clone()
+        norm = reference.balanced_step(first, adam, ratio)
+        balanced.step(ratio)
+        torch.testing.assert_close(balanced.last_norm.double(), norm, rtol=1e-6, atol=0)
+        assert all(torch.equal(p.grad, g) for p, g in zip(second.parameters(), grads[step]))
+    for (name, p), q in zip(first.named_parameters(), second.parameters()):
+        assert ((q - p).abs() <= 2 * 2.0 ** -24 * (40 * lr * 4 + 4 * p.abs())).all(), name
+
+
+@NATIVE
+@pytest.mark.parametrize("kind", ["gradient", "parameter"])
+def test_native_noise_has_the_documented_spread(kind):
+    first, second, grads = float32_pair(noise=kind, clip_norm=3.0)
+    lr = 1e-2
+    name = "net.encoder.t.transformer_encoder.layers.0.self_attn.in_proj_weight"
+    p = dict(second.named_parameters())[name]
+    draws = []
+    start = p.detach().clone()
+    k = (1 - torch.tanh(second.config.alpha * RATIO["t"])).item()
+    for step in range(40):
+        with torch.no_grad():
+            p.copy_(start)
+        for q, g in zip(second.parameters(), grads[0]):
+            q.grad = g.clone()
+        optimizer = BalancedAdam(second, lr=lr, weight_decay=0.0, backend="cpu")
+        optimizer.step(RATIO)
+        g = p.grad * (3.0 / optimizer.last_norm) * k
+        if kind == "gradient":                                  # the first moment of the first step is (1 - beta1) of the gradient
+            draws.append(optimizer.state[p]["exp_avg"] / 0.1 - g)
+        else:
+            draws.append(p.detach() - (start - lr * g / (g.abs() + 1e-8)))
+    noise = torch.stack(draws).flatten(1)
+    expected = (g.std() if kind == "gradient" else lr * g.std() / k).item()
+    assert noise.std().item() == pytest.approx(expected, rel=4.5 / (2 * noise.numel()) ** 0.5)
+    assert abs(noise.mean().item()) < 4.5 * expected / noise.numel() ** 0.5
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 5 / noise.shape[1] ** 0.5
+
+
+@NATIVE
+def test_native_noise_follows_the_seed_and_only_where_it_is_needed():
+    ends = []
+    for seed in (1, 1, 2):
+        _, model, grads = float32_pair(noise="parameter")
+        for p, g in zip(model.parameters(), grads[0]):
+            p.grad = g.clone()
+        torch.manual_seed(seed)
+        BalancedAdam(model, backend="cpu").step(RATIO)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[1])) and not all(torch.equal(a, b) for a, b in zip(ends[0], ends[2]))
+    state = torch.get_rng_state()
+    BalancedAdam(model, backend="cpu").step()
+    model.config = model.config.replace(noise="none")
+    BalancedAdam(model, backend="cpu").step(RATIO)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@NATIVE
+def test_native_state_is_that_of_torch_adam():
+    _, model, grads = float32_pair(clip_norm=0.0)
+    for p, g in zip(model.parameters(), grads[0]):
+        p.grad = g.clone()
+    fast = BalancedAdam(model, backend="cpu")
+    fast.step()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    state = copy.deepcopy(fast.state_dict())
+    assert {k: v.dtype for k, v in state["state"][0].items()} == dict(step=torch.float32, exp_avg=torch.float32, exp_avg_sq=torch.float32)
+    adam.load_state_dict(state)
+    adam.step()
+    fast.load_state_dict(adam.state_dict())
+    fast.step()
+    assert all(s["step"] == 3 for s in fast.state_dict()["state"].values())
+
+
+@NATIVE
+def test_named_backend_says_why_not():
+    (model, _), batch = pair()
+    model(batch).loss.backward()
+    with pytest.raises(RuntimeError, match="balanced_adam: backend 'cpu' cannot serve this step: it serves dense float32"):
+        BalancedAdam(model, backend="cpu").step()
 
 
 @pytest.mark.parametrize("preset_noise", ["gradient", "parameter"])

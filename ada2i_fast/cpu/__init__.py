@@ -83,6 +83,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float32_only(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str | None:
+    return None if dtype == torch.float32 else "it serves float32 only"
+
+
 def call(name: str, args: ctypes.Structure) -> None:
     if getattr(library(), name)(ctypes.byref(args)):
         raise MemoryError(f"{name}: no memory for scratch")

@@ -26,10 +26,16 @@ def keep_mask(seed: Tensor, stream: int, rows: int, width: int, p: float) -> Ten
     seed: int64 scalar tensor or [1], on the device of the result. stream: a number below 2^32 that tells apart the
     tensors that share a seed (the modality's position).
     """
+    return philox_words(seed, stream, range(rows), width) >= threshold(p)
+
+
+def philox_words(seed: Tensor, stream: int, rows: range | int, width: int) -> Tensor:
+    """The words of some rows: int64 [rows, width], or [width] for one row."""
     device = seed.device
     seed = seed.reshape(())
     blocks = -(-width // 4)
-    n = torch.arange(rows, device=device)[:, None]
+    first, count = (rows.start, len(rows)) if isinstance(rows, range) else (rows, 1)
+    n = torch.arange(first, first + count, device=device)[:, None]
     d = torch.arange(blocks, device=device)[None, :]
     key = [seed & _LOW, (seed >> 32) & _LOW]
     c0, c1, c2, c3 = torch.broadcast_tensors(d, n & _LOW, n >> 32, torch.full_like(n, stream))
@@ -38,8 +44,8 @@ def keep_mask(seed: Tensor, stream: int, rows: int, width: int, p: float) -> Ten
         high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ key[0], low1, high0 ^ c3 ^ key[1], low0
         key = [(key[0] + 0x9E3779B9) & _LOW, (key[1] + 0xBB67AE85) & _LOW]
-    words = torch.stack((c0, c1, c2, c3), dim=-1).reshape(rows, 4 * blocks)[:, :width]
-    return words >= threshold(p)
+    words = torch.stack((c0, c1, c2, c3), dim=-1).reshape(count, 4 * blocks)[:, :width]
+    return words if isinstance(rows, range) else words[0]
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,43 @@ struct AttentionMapping {
   void* const* tensors;
 };
 
+// float32 from here on.
+
+struct DropoutFused {
+  int64_t threads, rows, width, stream;
+  double dropout, eps;
+  const int64_t* seed;      // [1], or null without dropout
+  //   relu_dropout_forward   x bias | out
+  //   relu_dropout_backward  grad_out out | grad_x grad_bias
+  //   dropout_norm_forward   x bias residual weight norm_bias | out mean rstd
+  //   dropout_norm_backward  x bias residual weight mean rstd grad_out | grad_x grad_bias grad_residual grad_weight grad_norm_bias
+  void* const* tensors;
+};
+
+struct DialogueAttention {
+  int64_t threads, heads, width, dialogues, stream;
+  double scale, dropout;
+  const int64_t* offsets;   // [B + 1]
+  const int64_t* seed;      // [1], or null without dropout
+  //   forward   qkv | out logsum
+  //   backward  qkv out logsum grad_out | grad_qkv
+  void* const* tensors;
+};
+
+struct BalancedAdam {
+  int64_t threads, count, step;
+  double beta1, beta2, eps;
+  const int64_t* seed;      // [1], or null without noise
+  const int64_t* sizes;     // [T] elements
+  const int64_t* numbers;   // [T] the tensors' numbers in the counter of the noise
+  const double* settings;   // [T][6] factor of the gradient, weight decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), noise on g, on theta
+  double* measures;         // [T][2] mean, sum of squared deviations
+  //   measure   gradients
+  //   update    parameters gradients exp_avg exp_avg_sq
+  //   noise     out
+  void* const* tensors;
+};
+
 // One set of entry points per tier and dtype. They return 0, or 1 where memory ran out.
 struct Ada2iTier {
   const char* name;
@@ -36,4 +73,13 @@ struct Ada2iTier {
   int (*tensor_ring_backward[ADA2I_DTYPES])(const TensorRing*);
   int (*attention_mapping_forward[ADA2I_DTYPES])(const AttentionMapping*);
   int (*attention_mapping_backward[ADA2I_DTYPES])(const AttentionMapping*);
+  int (*relu_dropout_forward)(const DropoutFused*);
+  int (*relu_dropout_backward)(const DropoutFused*);
+  int (*dropout_norm_forward)(const DropoutFused*);
+  int (*dropout_norm_backward)(const DropoutFused*);
+  int (*dialogue_attention_forward)(const DialogueAttention*);
+  int (*dialogue_attention_backward)(const DialogueAttention*);
+  int (*balanced_adam_measure)(const BalancedAdam*);
+  int (*balanced_adam_update)(const BalancedAdam*);
+  int (*balanced_adam_noise)(const BalancedAdam*);
 };

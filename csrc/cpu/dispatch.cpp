@@ -73,3 +73,12 @@ ADA2I_EXPORT int ada2i_attention_mapping_forward(const AttentionMapping* args) {
 ADA2I_EXPORT int ada2i_attention_mapping_backward(const AttentionMapping* args) {
   return chosen()->attention_mapping_backward[args->dtype](args);
 }
+ADA2I_EXPORT int ada2i_relu_dropout_forward(const DropoutFused* args) { return chosen()->relu_dropout_forward(args); }
+ADA2I_EXPORT int ada2i_relu_dropout_backward(const DropoutFused* args) { return chosen()->relu_dropout_backward(args); }
+ADA2I_EXPORT int ada2i_dropout_norm_forward(const DropoutFused* args) { return chosen()->dropout_norm_forward(args); }
+ADA2I_EXPORT int ada2i_dropout_norm_backward(const DropoutFused* args) { return chosen()->dropout_norm_backward(args); }
+ADA2I_EXPORT int ada2i_dialogue_attention_forward(const DialogueAttention* args) { return chosen()->dialogue_attention_forward(args); }
+ADA2I_EXPORT int ada2i_dialogue_attention_backward(const DialogueAttention* args) { return chosen()->dialogue_attention_backward(args); }
+ADA2I_EXPORT int ada2i_balanced_adam_measure(const BalancedAdam* args) { return chosen()->balanced_adam_measure(args); }
+ADA2I_EXPORT int ada2i_balanced_adam_update(const BalancedAdam* args) { return chosen()->balanced_adam_update(args); }
+ADA2I_EXPORT int ada2i_balanced_adam_noise(const BalancedAdam* args) { return chosen()->balanced_adam_noise(args); }

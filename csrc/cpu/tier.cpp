@@ -17,6 +17,9 @@ namespace {
 #include "gemm.inl"
 #include "attention_mapping.inl"
 #include "tensor_ring.inl"
+#include "dropout.inl"
+#include "balanced_adam.inl"
+#include "dialogue_attention.inl"
 }  // namespace
 
 #define ADA2I_ALL_DTYPES(op) {op<float>, op<double>, op<bf16>, op<half>}
@@ -24,5 +27,8 @@ namespace {
 #define ADA2I_STRING_(name) #name
 extern const Ada2iTier tier;
 const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_forward), ADA2I_ALL_DTYPES(tensor_ring_backward),
-                        ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward)};
+                        ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward),
+                        relu_dropout_forward, relu_dropout_backward, dropout_norm_forward, dropout_norm_backward,
+                        dialogue_attention_forward, dialogue_attention_backward,
+                        balanced_adam_measure, balanced_adam_update, balanced_adam_noise};
 }  // namespace ADA2I_TIER

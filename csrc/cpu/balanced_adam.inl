@@ -1,0 +1,193 @@
+// Adam over many tensors at once, with the factor and the noise of each; mathematics in ada2i_fast/ops/balanced_adam.py.
+// Tensors are cut into chunks of fixed size, so results do not depend on the number of threads.
+
+constexpr int64_t kAdamChunk = 1 << 14;
+constexpr int64_t kNormals = 32;   // normals are drawn in blocks of 32: number i shares its radius with number i + 16
+
+INLINE Vector<float> square_root(Vector<float> value) {
+#if defined(ADA2I_MASKS)
+  return (Vector<float>)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+  return (Vector<float>)_mm_sqrt_ps((__m128)value);
+#else
+  for (int i = 0; i < Lanes<float>::count; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+
+// Natural logarithm of a positive normal number: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then a polynomial of m - 1
+// (Moshier, Cephes logf); error below 1e-7 relative to max(1, |log x|).
+INLINE Vector<float> logarithm(Vector<float> x) {
+  auto bits = (Vector<int32_t>)x - 0x3f3504f3;
+  auto exponent = __builtin_convertvector(bits >> 23, Vector<float>);
+  auto m = (Vector<float>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  auto p = broadcast(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  auto square = m * m;
+  return exponent * 0.693147180559945f + (m + square * (p * m - 0.5f));
+}
+
+// Two standard normals per lane from two random words (Box and Muller, 1958): radius sqrt(-2 log((a + 1) / 2^32)), angle 2 pi b / 2^32.
+// The angle's quadrant is taken off in integers, exactly; the rest lies in [-pi/4, pi/4).
+INLINE void normals(Vector<uint32_t> a, Vector<uint32_t> b, Vector<float>& first, Vector<float>& second) {
+  auto u = (__builtin_convertvector(a, Vector<float>) + 1.0f) * 2.3283064365386963e-10f;
+  auto squared = -2.0f * logarithm(u);
+  auto radius = square_root(squared > 0 ? squared : Vector<float>{});
+  auto quadrant = (b + 0x20000000u) >> 30;
+  auto t = __builtin_convertvector((Vector<int32_t>)(b - (quadrant << 30)), Vector<float>) * 1.4629180792671596e-9f;   // pi / 2^31
+  auto s = t * t;
+  auto sine = t + t * s * (-1.6666654611e-1f + s * (8.3321608736e-3f + s * -1.9515295891e-4f));
+  auto cosine = 1.0f - 0.5f * s + s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
+  auto odd = (quadrant & 1u) != 0u;
+  auto x = odd ? sine : cosine, y = odd ? cosine : sine;
+  first = radius * (((quadrant + 1u) & 2u) != 0u ? -x : x);
+  second = radius * ((quadrant & 2u) != 0u ? -y : y);
+}
+
+// The normals of elements first .. first + 31 of a tensor; `first` is a multiple of 32. The words are those of the dropout mask,
+// with the tensor's number for the row, the element for the column and the step for the stream.
+INLINE void draw(uint64_t seed, int64_t tensor, uint32_t step, int64_t first, float* out) {
+  constexpr int lanes = Lanes<float>::count;
+  uint32_t words[kNormals];
+  for (int64_t k = 0; k < kNormals; k += kWords) philox(seed, tensor, step, first + k, words + k);
+  for (int k = 0; k < kNormals / 2; k += lanes) {
+    Vector<uint32_t> a, b;
+    __builtin_memcpy(&a, words + k, sizeof a);
+    __builtin_memcpy(&b, words + kNormals / 2 + k, sizeof b);
+    Vector<float> x, y;
+    normals(a, b, x, y);
+    store(out + k, x);
+    store(out + kNormals / 2 + k, y);
+  }
+}
+
+struct AdamChunk { int64_t tensor, first, size; };
+
+static int64_t adam_chunks(const BalancedAdam* args, AdamChunk* out) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < args->count; ++t)
+    for (int64_t first = 0; first < args->sizes[t]; first += kAdamChunk, ++count)
+      if (out) out[count] = {t, first, smaller(kAdamChunk, args->sizes[t] - first)};
+  return count;
+}
+
+// Per tensor: mean and sum of squared deviations from it, merged chunk by chunk (Chan, Golub, LeVeque 1979).
+static int balanced_adam_measure(const BalancedAdam* args) {
+  constexpr int lanes = Lanes<float>::count;
+  constexpr int64_t part = 2048;                                 // stays in the first-level cache between its two passes
+  const int64_t count = adam_chunks(args, nullptr);
+  Scratch<AdamChunk> chunks(count);
+  Scratch<double> found(2 * count);
+  if (!chunks.ok() || !found.ok()) return 1;
+  adam_chunks(args, chunks.data);
+#pragma omp parallel for num_threads(useful_threads(args->threads, count * kAdamChunk)) schedule(static)
+  for (int64_t c = 0; c < count; ++c) {
+    const auto chunk = chunks.data[c];
+    const float* g = (const float*)args->tensors[chunk.tensor] + chunk.first;
+    double mean = 0, square = 0;
+    for (int64_t at = 0; at < chunk.size; at += part) {
+      const int64_t n = smaller(part, chunk.size - at);
+      Vector<float> total[4] = {}, spread[4] = {};
+      int64_t d = 0;
+      for (; d + 4 * lanes <= n; d += 4 * lanes)
+        for (int k = 0; k < 4; ++k) total[k] += load(g + at + d + k * lanes);
+      for (; d < n; d += lanes) total[0] += load(g + at + d, n - d);
+      const float shift = lane_sum(total[0] + total[1] + (total[2] + total[3])) / float(n);      // nearly the mean
+      for (auto& t : total) t = Vector<float>{};
+      for (d = 0; d + 4 * lanes <= n; d += 4 * lanes)
+        for (int k = 0; k < 4; ++k) {
+          auto x = load(g + at + d + k * lanes) - shift;
+          total[k] += x;
+          spread[k] += x * x;
+        }
+      double rest = lane_sum(total[0] + total[1] + (total[2] + total[3]));
+      double own_square = lane_sum(spread[0] + spread[1] + (spread[2] + spread[3]));
+      for (; d < n; ++d) {
+        const double x = double(g[at + d]) - double(shift);
+        rest += x;
+        own_square += x * x;
+      }
+      const double own = double(shift) + rest / double(n);
+      own_square -= rest * rest / double(n);
+      const double away = own - mean;
+      square += own_square + away * away * double(at) * double(n) / double(at + n);
+      mean += away * double(n) / double(at + n);
+    }
+    found.data[2 * c] = mean;
+    found.data[2 * c + 1] = square;
+  }
+  for (int64_t t = 0; t < args->count; ++t) args->measures[2 * t] = args->measures[2 * t + 1] = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const auto chunk = chunks.data[c];
+    double* to = args->measures + 2 * chunk.tensor;
+    const double away = found.data[2 * c] - to[0], whole = double(chunk.first + chunk.size);
+    to[1] += found.data[2 * c + 1] + away * away * double(chunk.first) * double(chunk.size) / whole;
+    to[0] += away * double(chunk.size) / whole;
+  }
+  return 0;
+}
+
+static int balanced_adam_update(const BalancedAdam* args) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t count = adam_chunks(args, nullptr), T = args->count;
+  Scratch<AdamChunk> chunks(count);
+  if (!chunks.ok()) return 1;
+  adam_chunks(args, chunks.data);
+  const float forget1 = float(1 - args->beta1), beta2 = float(args->beta2), forget2 = float(1 - args->beta2), eps = float(args->eps);
+  const uint64_t seed = args->seed ? uint64_t(*args->seed) : 0;
+#pragma omp parallel for num_threads(useful_threads(args->threads, count * kAdamChunk)) schedule(static)
+  for (int64_t c = 0; c < count; ++c) {
+    const auto chunk = chunks.data[c];
+    float* p = (float*)args->tensors[chunk.tensor] + chunk.first;
+    const float* g = (const float*)args->tensors[T + chunk.tensor] + chunk.first;
+    float* m = (float*)args->tensors[2 * T + chunk.tensor] + chunk.first;
+    float* v = (float*)args->tensors[3 * T + chunk.tensor] + chunk.first;
+    const double* s = args->settings + 6 * chunk.tensor;
+    const float factor = float(s[0]), decay = float(s[1]), rate = float(s[2]), root = float(s[3]);
+    const float to_gradient = float(s[4]), to_parameter = float(s[5]);
+    const bool noisy = args->seed && (to_gradient != 0 || to_parameter != 0);
+    auto update = [&](int64_t d, int64_t n, Vector<float> noise) __attribute__((always_inline)) {
+      auto theta = load(p + d, n), first = load(m + d, n), second = load(v + d, n);
+      auto gradient = load(g + d, n) * factor + noise * to_gradient;
+      gradient += theta * decay;
+      first += (gradient - first) * forget1;
+      second = second * beta2 + gradient * gradient * forget2;
+      theta -= rate * first / (square_root(second) * root + eps);
+      theta += noise * to_parameter;
+      store(p + d, theta, n);
+      store(m + d, first, n);
+      store(v + d, second, n);
+    };
+    if (noisy) {
+      float noise[kNormals];
+      for (int64_t d = 0; d < chunk.size; d += kNormals) {
+        draw(seed, args->numbers[chunk.tensor], uint32_t(args->step), chunk.first + d, noise);
+        for (int64_t k = 0; k < kNormals && d + k < chunk.size; k += lanes) update(d + k, chunk.size - d - k, load(noise + k));
+      }
+    } else {
+      for (int64_t d = 0; d < chunk.size; d += lanes) update(d, chunk.size - d, Vector<float>{});
+    }
+  }
+  return 0;
+}
+
+// For tests: the normals of one tensor, args->tensors[0].
+static int balanced_adam_noise(const BalancedAdam* args) {
+  float* out = (float*)args->tensors[0];
+  const int64_t size = args->sizes[0];
+  for (int64_t d = 0; d < size; d += kNormals) {
+    float noise[kNormals];
+    draw(uint64_t(*args->seed), args->numbers[0], uint32_t(args->step), d, noise);
+    for (int64_t k = 0; k < kNormals && d + k < size; ++k) out[d + k] = noise[k];
+  }
+  return 0;
+}

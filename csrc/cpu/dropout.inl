@@ -1,0 +1,180 @@
+// Bias + ReLU + dropout, and bias + dropout + residual + LayerNorm, float32; mathematics in ada2i_fast/ops/dropout.py.
+// Sums over rows are taken in blocks of fixed size, so results do not depend on the number of threads.
+
+constexpr int64_t kPanel = 2 * kWords > 64 ? 2 * kWords : 64;   // columns per job where threads divide columns
+constexpr int64_t kRowBlock = 32;
+
+INLINE float lane_sum(Vector<float> value) {
+  float total[Lanes<float>::count];
+  store(total, value);
+  for (int width = Lanes<float>::count / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+  return total[0];
+}
+
+struct Mask {
+  uint64_t seed;
+  uint32_t stream, threshold;
+  float kept;
+  bool used;
+  explicit Mask(const DropoutFused* a)
+      : seed(a->dropout > 0 ? uint64_t(*a->seed) : 0), stream(uint32_t(a->stream)), threshold(dropout_threshold(a->dropout)),
+        kept(float(1.0 / (1.0 - a->dropout))), used(a->dropout > 0) {}
+};
+
+static int relu_dropout_forward(const DropoutFused* args) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t rows = args->rows, width = args->width;
+  const float *x = (const float*)args->tensors[0], *bias = (const float*)args->tensors[1];
+  float* out = (float*)args->tensors[2];
+  const Mask mask(args);
+#pragma omp parallel for num_threads(useful_threads(args->threads, rows * width * 4)) schedule(static)
+  for (int64_t n = 0; n < rows; ++n) {
+    uint32_t words[kWords];
+    for (int64_t d = 0; d < width; d += kWords) {
+      if (mask.used) philox(mask.seed, n, mask.stream, d, words);
+      for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
+        const int64_t at = d + v, left = width - at;
+        auto value = load(x + n * width + at, left) + load(bias + at, left);
+        value = value < 0 ? Vector<float>{} : value;
+        if (mask.used) value = keep(value, words + v, mask.threshold, mask.kept);
+        store(out + n * width + at, value, left);
+      }
+    }
+  }
+  return 0;
+}
+
+// What was dropped or cut off is 0 in the output, so the output is the mask.
+static int relu_dropout_backward(const DropoutFused* args) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t rows = args->rows, width = args->width, panels = (width + kPanel - 1) / kPanel;
+  const float *grad_out = (const float*)args->tensors[0], *out = (const float*)args->tensors[1];
+  float *grad_x = (float*)args->tensors[2], *grad_bias = (float*)args->tensors[3];
+  const float kept = float(1.0 / (1.0 - args->dropout));
+#pragma omp parallel for num_threads(useful_threads(args->threads, rows * width * 2)) schedule(static)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t first = panel * kPanel, last = smaller(first + kPanel, width);
+    Vector<float> total[kPanel / lanes] = {};
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t d = first; d < last; d += lanes) {
+        const int64_t left = width - d;
+        auto g = load(grad_out + n * width + d, left) * kept;
+        g = load(out + n * width + d, left) > 0 ? g : Vector<float>{};
+        total[(d - first) / lanes] += g;
+        store(grad_x + n * width + d, g, left);
+      }
+    for (int64_t d = first; d < last; d += lanes) store(grad_bias + d, total[(d - first) / lanes], width - d);
+  }
+  return 0;
+}
+
+// s = residual + dropout(x + bias) of row n into `row`, which has room for whole vectors; lanes past the width are 0. Returns its sum.
+INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t width = args->width;
+  const float *x = (const float*)args->tensors[0] + n * width, *bias = (const float*)args->tensors[1];
+  const float* residual = (const float*)args->tensors[2] + n * width;
+  Vector<float> total = {};
+  uint32_t words[kWords];
+  for (int64_t d = 0; d < width; d += kWords) {
+    if (mask.used) philox(mask.seed, n, mask.stream, d, words);
+    for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
+      const int64_t at = d + v, left = width - at;
+      auto value = load(x + at, left) + load(bias + at, left);
+      if (mask.used) value = keep(value, words + v, mask.threshold, mask.kept);
+      value += load(residual + at, left);
+      total += value;
+      store(row + at, value);
+    }
+  }
+  return lane_sum(total);
+}
+
+//   x bias residual weight norm_bias | out mean rstd
+static int dropout_norm_forward(const DropoutFused* args) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t rows = args->rows, width = args->width;
+  const float *weight = (const float*)args->tensors[3], *shift = (const float*)args->tensors[4];
+  float *out = (float*)args->tensors[5], *means = (float*)args->tensors[6], *rstds = (float*)args->tensors[7];
+  const Mask mask(args);
+  const int threads = useful_threads(args->threads, rows * width * 8);
+  Scratch<float> scratch(round_up(width, kWords), threads);
+  if (!scratch.ok()) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t n = 0; n < rows; ++n) {
+    float* row = scratch.of(omp_get_thread_num());
+    const float mean = residual_row(args, mask, n, row) / float(width);
+    Vector<float> total = {};
+    for (int64_t d = 0; d < width; d += lanes) {
+      auto value = load(row + d, width - d) - mean;
+      if (width - d >= lanes) total += value * value;
+      else for (int i = 0; i < width - d; ++i) total[i] += value[i] * value[i];
+    }
+    const float rstd = 1.0f / __builtin_sqrtf(lane_sum(total) / float(width) + float(args->eps));
+    for (int64_t d = 0; d < width; d += lanes)
+      store(out + n * width + d, (load(row + d) - mean) * rstd * load(weight + d, width - d) + load(shift + d, width - d), width - d);
+    means[n] = mean;
+    rstds[n] = rstd;
+  }
+  return 0;
+}
+
+//   x bias residual weight mean rstd grad_out | grad_x grad_bias grad_residual grad_weight grad_norm_bias
+static int dropout_norm_backward(const DropoutFused* args) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t rows = args->rows, width = args->width, padded = round_up(width, kWords), blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const float *weight = (const float*)args->tensors[3], *means = (const float*)args->tensors[4], *rstds = (const float*)args->tensors[5];
+  const float* grad_out = (const float*)args->tensors[6];
+  float *grad_x = (float*)args->tensors[7], *grad_residual = (float*)args->tensors[9];
+  float* const sums[3] = {(float*)args->tensors[8], (float*)args->tensors[10], (float*)args->tensors[11]};
+  const Mask mask(args);
+  const int threads = useful_threads(args->threads, rows * width * 12);
+  Scratch<float> scratch(padded, threads), partial(3 * padded, blocks);
+  if (!scratch.ok() || !partial.ok()) return 1;
+#pragma omp parallel num_threads(threads)
+  {
+    float* row = scratch.of(omp_get_thread_num());
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      float *to_bias = partial.data + block * partial.each, *to_weight = to_bias + padded, *to_shift = to_weight + padded;
+      __builtin_memset(to_bias, 0, size_t(3 * padded) * sizeof(float));
+      for (int64_t n = block * kRowBlock; n < smaller((block + 1) * kRowBlock, rows); ++n) {
+        residual_row(args, mask, n, row);
+        const float mean = means[n], rstd = rstds[n];
+        const float* g_row = grad_out + n * width;
+        Vector<float> first = {}, second = {};
+        for (int64_t d = 0; d < width; d += lanes) {
+          auto g = load(g_row + d, width - d), normed = (load(row + d) - mean) * rstd;   // g is 0 past the width
+          store(row + d, normed);
+          store(to_weight + d, load(to_weight + d) + g * normed);
+          store(to_shift + d, load(to_shift + d) + g);
+          g *= load(weight + d, width - d);
+          first += g;
+          second += g * normed;
+        }
+        const float a = lane_sum(first) / float(width), c = lane_sum(second) / float(width);
+        uint32_t words[kWords];
+        for (int64_t d = 0; d < width; d += kWords) {
+          if (mask.used) philox(mask.seed, n, mask.stream, d, words);
+          for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
+            const int64_t at = d + v, left = width - at;
+            auto g = rstd * (load(g_row + at, left) * load(weight + at, left) - a - load(row + at) * c);
+            store(grad_residual + n * width + at, g, left);
+            if (mask.used) g = keep(g, words + v, mask.threshold, mask.kept);
+            store(grad_x + n * width + at, g, left);
+            store(to_bias + at, load(to_bias + at) + g);
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t d = 0; d < width; d += lanes)
+      for (int k = 0; k < 3; ++k) {
+        Vector<float> total = {};
+        for (int64_t block = 0; block < blocks; ++block) total += load(partial.data + block * partial.each + k * padded + d);
+        store(sums[k] + d, total, width - d);
+      }
+  }
+  return 0;
+}
