@@ -14,7 +14,7 @@ from .cases import Case, floor_seconds, work
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"], default=None, help="where to measure; a GPU if there is one")
-    parser.addoption("--rounds", type=int, default=None, help="interleaved rounds per group; by default as many as fit into 4 s, 15 to 60")
+    parser.addoption("--rounds", type=int, default=None, help="interleaved rounds per group; by default as many as fit into 2.5 s, 15 (7) to 60")
     parser.addoption("--tf32", action="store_true", help="float32 matrix products in TF32 (GPU)")
 
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from typing import Callable, Mapping
@@ -29,6 +30,21 @@ from .cases import Case
 
 BACKEND = {"algebra": "torch", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
 _textbook = sys.modules["ada2i_fast.reference.model"]
+
+
+# Ops whose callers name no backend ask these; the algebra is plain PyTorch in everything.
+PLAIN = {"ADA2I_FAST_BACKEND": "torch", "ADA2I_FAST_LINEAR": "mkl"}
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 class Unavailable(Exception):
@@ -246,13 +262,14 @@ class _Model(Competitor):
             batch = DialogueBatch.from_padded(tensors, lengths, labels if self.training else None)
             self.arguments = (batch.to(dtype=torch.float64) if exact else batch,)
             self.optimizer = None if exact else BalancedAdam(self.model)
+        self.settings = PLAIN if implementation == "algebra" else {}
         self.model.train(self.training)
         self.free = (*self.model.parameters(), *(tensors.values() if self.padded else self.arguments[0].features.values()))
         self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if case.dtype == "bfloat16" and not exact else \
             contextlib.nullcontext
 
     def forward(self):
-        with self.autocast():
+        with environment(self.settings), self.autocast():
             return self.call(*self.arguments)
 
     def run(self) -> object:
@@ -261,10 +278,11 @@ class _Model(Competitor):
                 return self.forward()
         self.model.zero_grad(set_to_none=True)
         out = self.forward()
-        out.loss.backward()
-        if self.padded:
-            return reference.balanced_step(self.model, self.optimizer, out.ratio)
-        return self.optimizer.step(out.ratio)
+        with environment(self.settings):
+            out.loss.backward()
+            if self.padded:
+                return reference.balanced_step(self.model, self.optimizer, out.ratio)
+            return self.optimizer.step(out.ratio)
 
     def result(self) -> dict[str, Tensor]:
         """Log-probabilities; in training the loss and one vector of all gradients too (single tensors of a
@@ -274,7 +292,8 @@ class _Model(Competitor):
         with without_dropout(self.model):
             self.model.zero_grad(set_to_none=True)
             out = self.forward()
-            out.loss.backward()
+            with environment(self.settings):
+                out.loss.backward()
         gradients = torch.cat([p.grad.flatten() for _, p in sorted(self.model.named_parameters()) if p.grad is not None])
         self.model.zero_grad(set_to_none=True)
         return {"log_prob": out.log_prob, "loss": out.loss, "gradients": gradients}

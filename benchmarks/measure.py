@@ -4,7 +4,8 @@ The implementations of a group run interleaved in one process: A B C, B C A, C A
 load, caches) meets all alike. pytest-benchmark by itself times one test after the other; so the first test of a group
 measures the whole group here, and each test then hands its own samples to pytest-benchmark, whose clock for these tests
 (`clock`) moves by exactly the sample that is being recorded. Its statistics and its JSON are therefore those of the
-interleaved rounds, and nothing is measured twice. A sample is one call (for short calls the mean of an inner loop).
+interleaved rounds, and nothing is measured twice. A sample is one call (for short calls the mean of an inner loop); there are
+at least 15 rounds, or 7 for the whole model and the sweeps, where a call can take seconds; --rounds says otherwise.
 
 Before it is timed an implementation must agree with the algebra in float64, dropout off, in every output and gradient:
 error (L2, relative, the worst tensor) at most twice that of the eager textbook in the same dtype plus `FLOOR`; the textbook itself at most
@@ -68,7 +69,7 @@ def assert_correct(implementation: str, found: float, where: str, textbook: floa
         raise WrongResult(f"{implementation}: {where} is off by {found:.2e} from float64, allowed are {limit:.2e}")
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], device: str = "cpu", *, rounds: int | None = None, seconds: float = 4.0,
+def interleaved(calls: Mapping[str, Callable[[], object]], device: str = "cpu", *, rounds: int | None = None, seconds: float = 2.5,
                 minimum: int = 15, maximum: int = 60) -> dict[str, list[float]]:
     """Seconds per call, a list per name. rounds: how many; by default as many as fit into `seconds`, within the bounds."""
     loops = {}

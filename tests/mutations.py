@@ -1,6 +1,6 @@
 """Breaks one thing at a time and asks whether the tests notice: `python tests/mutations.py [backend ...]`.
 
-Per backend the working tree is copied to a temporary folder; there one mutant after the other is applied, what it needs is built, and
+The mutants of Triton are listed in tests/kernels/mutations.py, with the cases that each has to break; the others here. Per backend the working tree is copied to a temporary folder; there one mutant after the other is applied, what it needs is built, and
 the backend's tests run until the first failure or the time limit. The unbroken copy runs first: it has to pass. Results go into
 docs/mutations.md, sections of backends that did not run stay as they are. Exit status 1 if a mutant survived, 2 if a
 mutant's text is no longer found in its file or the unbroken copy fails. Nothing else in the working tree is touched.
@@ -12,6 +12,7 @@ mutant's text is no longer found in its file or the unbroken copy fails. Nothing
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -42,7 +43,6 @@ class Mutant:
 RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
-TRITON_RING, TRITON_MAPPING, TRITON_COMMON = "kernels/tensor_ring.py", "kernels/attention_mapping.py", "kernels/common.py"
 
 MUTANTS = [
     # ---- the algebra in PyTorch
@@ -89,23 +89,9 @@ MUTANTS = [
     Mutant("cuda", "index", CUDA_RING, "(65536u + r - 1) / r", "65536u / r", "the reciprocal that splits kk into (k, o) is rounded down"),
     Mutant("cuda", "index", CUDA_RING, "a.segment[j][(tile + b) * R * R + i] = sum;", "a.segment[j][tile * R * R + i] = sum;",
            "segments of a tile share a place"),
-    # ---- Triton, under the interpreter
-    Mutant("triton", "sign", TRITON_RING, "gated = attention * x_tile + beta * x_tile", "gated = attention * x_tile - beta * x_tile",
-           "the gate subtracts beta x"),
-    Mutant("triton", "sign", TRITON_MAPPING, "(-factor * own)", "(factor * own)", "sign of the target's gradient"),
-    Mutant("triton", "mask", TRITON_RING, "u = tl.where(inside[:, None], q1 * k1, 0.0)", "u = q1 * k1", "rows past a dialogue enter its mean"),
-    Mutant("triton", "bound", TRITON_RING, "    inside = rows < end\n    v = load_projection", "    inside = rows <= end\n    v = load_projection",
-           "a block writes the row after its dialogue"),
-    Mutant("triton", "scale", TRITON_RING, "factor = scale / tl.maximum(length, 1).to(tl.float32)\n    if (tile", "factor = 1.0 / tl.maximum(length, 1).to(tl.float32)\n    if (tile",
-           "means without the attention scale"),
-    Mutant("triton", "index", TRITON_COMMON, "at += GROUP * LENGTH", "at += LENGTH", "partial gradients are read with the wrong stride"),
-    Mutant("triton", "index", TRITON_COMMON, "(d0 // 4 + tl.arange(0, BLOCK_D // 4))", "(tl.arange(0, BLOCK_D // 4))",
-           "blocks of columns share their random words"),
-    Mutant("triton", "index", TRITON_MAPPING, "gradients + D * D + o, factor * bias", "gradients + D * D + d, factor * bias",
-           "the bias gradient of every block lands in the first"),
 ]
 
-# Backend: (build or None, tests, seconds for one run). Commands run in the copy.
+# Backend: (build or None, tests, seconds for one run). Commands run in the copy. Triton has a runner of its own.
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
 BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools import native; "
          "native.build(Path('ada2i_fast/lib').resolve(), Path('build/native').resolve())"]
@@ -114,14 +100,36 @@ BACKENDS = {
                      "tests/ops/test_tensor_ring.py"], 600),
     "cpu": (BUILD, [*PYTEST, "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
-    "triton": (None, [sys.executable, "tests/kernels/triton_cases.py"], 900),
 }
+NAMES = (*BACKENDS, "triton")
+
+
+def triton_script():
+    """tests/kernels/mutations.py as a module."""
+    spec = importlib.util.spec_from_file_location("triton_mutations", ROOT / "tests" / "kernels" / "mutations.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def triton_mutants() -> list[tuple[Mutant, list[str]]]:
+    """With the cases to run."""
+    return [(Mutant("triton", kind, f"kernels/{file}", old, new, shown(old, new)), cases)
+            for kind, file, old, new, cases in triton_script().MUTATIONS]
+
+
+def shown(old: str, new: str) -> str:
+    """The first line that changes, before and after."""
+    for before, after in zip(old.splitlines(), new.splitlines()):
+        if before != after:
+            return f"`{before.strip()}` becomes `{after.strip()}`"
+    return f"`{old.splitlines()[-1].strip()}` goes"
 
 
 def misfits() -> list[str]:
     """Mutants whose text does not occur exactly once in its file."""
     found = []
-    for m in MUTANTS:
+    for m in [*MUTANTS, *(mutant for mutant, _ in triton_mutants())]:
         path = ROOT / m.file
         count = path.read_text().count(m.old) if path.exists() else 0
         if count != 1:
@@ -148,7 +156,7 @@ def environment(copy: Path) -> dict[str, str]:
     temporary.mkdir(exist_ok=True)
     # The CUDA library is not under test here, and nvcc is slow; HYPOTHESIS: no example database of an earlier mutant.
     return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1",
-            "TRITON_CACHE_DIR": str(temporary / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
             "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis")}
 
 
@@ -172,12 +180,6 @@ def run(command: list[str], copy: Path, limit: float) -> tuple[str, str]:
             return "failed", next((line.split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ") for line in lines
                                    if line.startswith(("FAILED ", "ERROR "))), lines[-1])
         return "not run", lines[-1]
-    if command[-1].endswith("triton_cases.py"):     # JSON lines, one per case
-        cases = [json.loads(line) for line in lines if line.startswith("{")]
-        broken = [f"{case['case']}: {what}" for case in cases for what, error, allowed in case["checks"] if not error <= allowed]
-        if broken:
-            return "failed", broken[0]
-        return ("passed", f"{len(cases)} cases") if process.returncode == 0 and cases else ("not run", lines[-1])
     return ("passed" if process.returncode == 0 else "not run"), lines[-1]
 
 
@@ -226,6 +228,24 @@ def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, 
         return results
 
 
+def run_triton(mutants: list[tuple[Mutant, list[str]]]) -> list[tuple[Mutant, str, str]]:
+    """On copies of kernels/ only, the cases in processes of their own."""
+    script, results = triton_script(), []
+    first = mutants[0][0] if mutants else None
+    every = list(dict.fromkeys(case for _, cases in mutants for case in cases))
+    if first and (why := script.caught_by(Path(first.file).name, first.old, first.old, every)):
+        print(f"triton: unbroken: {why}", file=sys.stderr)
+        raise SystemExit(2)
+    print("triton: unbroken: passed", flush=True)
+    for mutant, cases in mutants:
+        start = time.time()
+        why = script.caught_by(Path(mutant.file).name, mutant.old, mutant.new, cases)
+        verdict = "caught" if why else "SURVIVED"
+        print(f"triton: {mutant.kind}: {mutant.what}: {verdict} ({why}), {time.time() - start:.0f} s", flush=True)
+        results.append((mutant, verdict, why or ", ".join(cases)))
+    return results
+
+
 def sections(page: str) -> dict[str, str]:
     """The page's sections by backend, without the headings."""
     return {part.split("\n", 1)[0].strip(): part.split("\n", 1)[1].strip() for part in page.split("\n## ")[1:]}
@@ -236,7 +256,7 @@ def write_page(results: dict[str, list[tuple[Mutant, str, str]]]) -> None:
     lines = ["# Mutations", "",
              "Generated by `python tests/mutations.py`: each line breaks one thing in a copy of the tree and runs the backend's tests. "
              "The last column is the first test that failed.", ""]
-    for backend in BACKENDS:
+    for backend in NAMES:
         if backend in results:
             rows = results[backend]
             caught = sum(verdict == "caught" for _, verdict, _ in rows)
@@ -252,23 +272,28 @@ def write_page(results: dict[str, list[tuple[Mutant, str, str]]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backends", nargs="*", metavar="backend", help=f"of {', '.join(BACKENDS)}; default all")
+    parser.add_argument("backends", nargs="*", metavar="backend", help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", help="a word in the kind or the description; the page is not written then")
     arguments = parser.parse_args()
-    unknown = set(arguments.backends) - set(BACKENDS)
+    unknown = set(arguments.backends) - set(NAMES)
     if unknown:
-        parser.error(f"backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+        parser.error(f"backend: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
     if bad := misfits():
         print("\n".join(bad), file=sys.stderr)
         return 2
     if arguments.check:
-        print(f"all {len(MUTANTS)} mutants fit")
+        print(f"all {len(MUTANTS) + len(triton_mutants())} mutants fit")
         return 0
     results = {}
-    for backend in arguments.backends or BACKENDS:
-        mutants = [m for m in MUTANTS if m.backend == backend and (not arguments.only or arguments.only in f"{m.kind} {m.what}")]
-        results[backend] = run_backend(backend, mutants)
+    def wanted(m: Mutant) -> bool:
+        return not arguments.only or arguments.only in f"{m.kind} {m.what}"
+
+    for backend in arguments.backends or NAMES:
+        if backend == "triton":
+            results[backend] = run_triton([(m, cases) for m, cases in triton_mutants() if wanted(m)])
+        else:
+            results[backend] = run_backend(backend, [m for m in MUTANTS if m.backend == backend and wanted(m)])
         if not arguments.only:
             write_page(results)
     return int(any(verdict != "caught" for rows in results.values() for _, verdict, _ in rows))
