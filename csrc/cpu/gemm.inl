@@ -22,7 +22,7 @@ constexpr int kRows = kBytes == 64 ? 12 : 6;                                    
 template <class T> constexpr int kColumns = 2 * Lanes<T>::count;
 
 template <class E> INLINE int64_t steps(int64_t k) { return (k + Step<E>::elements - 1) / Step<E>::elements; }
-template <class E> INLINE int64_t left_size(int64_t k) { return kRows * round_up(k, 64 / sizeof(E)); }
+template <class E> INLINE int64_t left_size(int64_t k) { return kRows * round_up(k, 64 / sizeof(E)) + 64; }   // see pack_columns
 template <class E> INLINE int64_t right_size(int64_t k, int64_t n) {
   return steps<E>(k) * Step<E>::elements * round_up(n, kColumns<Compute<E>>);
 }
@@ -140,10 +140,22 @@ INLINE void pack_straight(E* right, const S* weight, int64_t k, int64_t n, int64
 
 // ---- gradients of weights and biases ------------------------------------------------------------------------------------------
 
-INLINE float operand(int8_t value, const float*) { return value; }
-INLINE double operand(int8_t value, const double*) { return value; }
-INLINE bf16 operand(int8_t value, const bf16*) { return {uint16_t(value == 0 ? 0 : value > 0 ? 0x3f80 : 0xbf80)}; }
-template <class E> INLINE E operand(E value, const E*) { return value; }
+template <class E> INLINE Vector<Compute<E>> load_operand(const E* p, int64_t n) { return load(p, n); }
+template <class E> INLINE Vector<Compute<E>> load_operand(const int8_t* p, int64_t n) { return load_signs<Compute<E>>(p, n); }
+
+// One step of the left operand from kRows columns of the rows `row` and, for bf16, `next`; `height` of them exist. Whole vectors are
+// stored, so the last step writes past its end, by less than a vector.
+template <class T, class L> INLINE void pack_columns(T* left, const L* row, const L*, int64_t height) {
+  for (int i = 0; i < kRows; i += Lanes<T>::count) store(left + i, load_operand<T>(row + i, i < height ? height - i : 0));
+}
+#if defined(__AVX512BF16__)
+template <class L> INLINE void pack_columns(bf16* left, const L* row, const L* next, int64_t height) {
+  auto widened = [](Vector<float> v) { return __builtin_convertvector(narrow(v, (const bf16*)0), Vector<uint32_t>); };
+  auto pair = widened(load_operand<bf16>(row, height));
+  if (next) pair |= widened(load_operand<bf16>(next, height)) << 16;
+  __builtin_memcpy(left, &pair, kBytes);
+}
+#endif
 
 constexpr int64_t kChunk = 512;   // rows of the batch per pass
 constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every step
@@ -194,15 +206,10 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
       for (int64_t own; tile >= (own = (gradients[p].m + kRows - 1) / kRows); ++p) tile -= own;
       auto& g = gradients[p];
       const int64_t d = tile * kRows, height = smaller(kRows, g.m - d), stride = round_up(g.n + 1, kColumns<T>);
-      for (int64_t r = 0; r < round_up(k, per); r += per)
-        for (int e = 0; e < per; ++e) {
-          const L* source = g.left + (start + r + e) * g.m + d;
-          E* out = left_scratch + r * kRows + e;
-          if (height == kRows && r + e < k)
-            for (int i = 0; i < kRows; ++i) out[i * per] = operand(source[i], (E*)0);
-          else
-            for (int i = 0; i < kRows; ++i) out[i * per] = i < height && r + e < k ? operand(source[i], (E*)0) : E{};
-        }
+      for (int64_t r = 0; r < k; r += per) {
+        const L* row = g.left + (start + r) * g.m + d;
+        pack_columns(left_scratch + r * kRows, row, r + 1 < k ? row + g.m : nullptr, height);
+      }
       multiply<Columns>(left_scratch, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
         const bool last = start + k == rows;
         for (int i = 0; i < height; ++i)

@@ -326,15 +326,16 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
         ring.factors(proj(j, first + i), u, v);
         ring.rotate(j, b, v, w);
         T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
-        for (int64_t d = 0; d < padded; ++d) gu[d] = gw[d] = 0;
-        for (int64_t k = 0; k < R; ++k) {
+        for (int64_t k = 0; k < padded; ++k) gu[k] = 0;
+        for (int64_t d = 0; d < padded; d += lanes) {
+          auto w_d = load(w + d);
           Vector<T> total = {};
-          for (int64_t d = 0; d < padded; d += lanes) {
+          for (int64_t k = 0; k < R; ++k) {
             auto s = load(S_rows + i * sums_size + k * R + d, R - d);
-            total += s * load(w + d);
-            store(gw + d, load(gw + d) + u[k] * s);
+            total += u[k] * s;
+            gu[k] += sum<T>(s * w_d);
           }
-          gu[k] = sum<T>(total);
+          store(gw + d, total);
         }
       }
     }

@@ -150,20 +150,42 @@ template <class S> INLINE void store(S* p, Vector<Compute<S>> value, int64_t n) 
 
 template <class T> INLINE Vector<T> load_signs(const int8_t* p, int64_t n) {
   typename Lanes<T>::signs raw = {};
-  if (n >= Lanes<T>::count) __builtin_memcpy(&raw, p, sizeof raw);
-  else for (int i = 0; i < n; ++i) raw[i] = p[i];
+  if (n >= Lanes<T>::count) {
+    __builtin_memcpy(&raw, p, sizeof raw);
+  } else {
+#if defined(ADA2I_MASKS)
+    auto part = _mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p);
+    __builtin_memcpy(&raw, &part, sizeof raw);
+#else
+    for (int i = 0; i < n; ++i) raw[i] = p[i];
+#endif
+  }
   return __builtin_convertvector(raw, Vector<T>);
 }
 
 // -1, 0 or 1 per lane.
 template <class T> INLINE void store_signs(int8_t* p, Vector<T> value, int64_t n) {
   auto raw = __builtin_convertvector((value < 0) - (value > 0), typename Lanes<T>::signs);
-  if (n >= Lanes<T>::count) __builtin_memcpy(p, &raw, sizeof raw);
-  else for (int i = 0; i < n; ++i) p[i] = raw[i];
+  if (n >= Lanes<T>::count) {
+    __builtin_memcpy(p, &raw, sizeof raw);
+  } else {
+#if defined(ADA2I_MASKS)
+    __m128i part = {};
+    __builtin_memcpy(&part, &raw, sizeof raw);
+    _mm_mask_storeu_epi8(p, __mmask16((1u << n) - 1), part);
+#else
+    for (int i = 0; i < n; ++i) p[i] = raw[i];
+#endif
+  }
 }
 
 template <class T> INLINE Vector<T> absolute(Vector<T> value) { return value < 0 ? -value : value; }
 
+#if defined(ADA2I_MASKS)
+INLINE float reduce(Vector<float> value) { return _mm512_reduce_add_ps((__m512)value); }
+INLINE double reduce(Vector<double> value) { return _mm512_reduce_add_pd((__m512d)value); }
+template <class T> INLINE T sum(Vector<T> value) { return reduce(value); }
+#else
 template <class T> INLINE T sum(Vector<T> value) {
   T total[Lanes<T>::count];
   __builtin_memcpy(total, &value, sizeof value);
@@ -171,3 +193,4 @@ template <class T> INLINE T sum(Vector<T> value) {
     for (int i = 0; i < width; ++i) total[i] += total[i + width];
   return total[0];
 }
+#endif
