@@ -37,7 +37,7 @@ class _Net(nn.Module):
                 self.encoder[m] = LSTMEncoder(width, config.hidden_dim, config.encoder_layers, config.dropout)
             else:
                 self.encoder[m] = TransformerEncoder(width, config.hidden_dim, config.heads(m), config.encoder_layers,
-                                                     config.feedforward_dim, config.dropout)
+                                                     config.feedforward_dim, config.dropout, backend)
         if config.head == "mlp":
             inner = config.head_expansion * config.num_classes
             self.head = nn.Sequential(nn.Linear(config.num_classes, inner), nn.ReLU(), nn.Linear(inner, config.num_classes))
@@ -61,7 +61,8 @@ class Ada2I(nn.Module):
         model.apply_modulation(ratio)
 
     config: an `Ada2IConfig`, or the released Namespace (released semantics).  backend: which implementation serves AFW,
-    "auto" | "torch" | "cpu" | "triton" | "cuda".  The state_dict has the released names; the published head adds `net.head`.
+    "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders take the best there is, with "torch" plain PyTorch.
+    The state_dict has the released names; the published head adds `net.head`.
     """
 
     def __init__(self, config: Ada2IConfig | Namespace, *, backend: str = "auto") -> None:

@@ -1,6 +1,12 @@
 """Self-attention inside each dialogue of a packed batch (Vaswani et al. 2017): rows attend to rows of their own dialogue.
 
-    out[n] = concat_h  sum_{n' in dialogue(n)}  dropout(softmax(q_h[n] . k_h[n'] / sqrt(d_h)))  v_h[n']
+    W[n, n'] = softmax_{n' in dialogue(n)} (q_h[n] . k_h[n'] / sqrt(d_h)),    out[n] = concat_h  sum_{n'}  z W[n, n']  v_h[n']
+
+with z the dropout mask / (1 - p). Backward keeps log sum exp per row and head and computes W again:
+
+    g_v = (z W)^T g,   G = z (g v^T),   g_S = W * (G - g . out) / sqrt(d_h),   g_q = g_S k,   g_k = g_S^T q
+
+The mask of head h is that of `ops.dropout` for stream + h: row n of the batch, column = the place of n' in its dialogue.
 """
 
 from __future__ import annotations
@@ -11,16 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backends
+from .dropout import philox_words, threshold
+
 __all__ = ["dialogue_attention"]
 
 
-def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropout: float = 0.0) -> Tensor:
-    """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N; heads
-    divides d. dropout: probability, on the attention weights. Returns [N, d].
-
-    Dialogues of equal length go through one batched product; so a dialogue's result has nothing to do with the lengths of
-    the others, and nothing is padded.
-    """
+def dialogue_attention_torch(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float) -> Tensor:
+    """In plain PyTorch. Dialogues of equal length go through one batched product, so nothing is padded."""
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     groups: dict[int, list[int]] = {}
     start = 0
@@ -28,8 +32,6 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropo
         groups.setdefault(n, []).append(start)
         start += n
     groups.pop(0, None)
-    if start != rows:
-        raise ValueError(f"lengths: expected them to sum to {rows} (the rows of qkv), got {start}")
 
     def attend(block: Tensor, count: int, n: int) -> Tensor:
         q, k, v = block.view(count, n, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
@@ -47,3 +49,105 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropo
     blocks = qkv.index_select(0, order).split([n * len(starts) for n, starts in groups.items()])
     out = [attend(block, len(starts), n) for block, (n, starts) in zip(blocks, groups.items())]
     return torch.cat(out).index_select(0, torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device)))
+
+
+def dialogue_attention_seeded(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float, seed: Tensor | None,
+                              stream: int) -> Tensor:
+    """The formula, dialogue by dialogue, with the counter-based mask: any device, any number of derivatives."""
+    width = qkv.shape[1] // 3
+    out, start = [qkv.new_zeros(0, width)], 0
+    for n in lengths:
+        q, k, v = qkv[start:start + n].view(n, 3, heads, width // heads).permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) * (width // heads) ** -0.5).softmax(dim=-1)
+        if dropout:
+            kept = torch.stack([philox_words(seed, stream + h, range(start, start + n), n) for h in range(heads)]) >= threshold(dropout)
+            weights = weights * kept * (1.0 / (1.0 - dropout))
+        out.append((weights @ v).transpose(0, 1).reshape(n, width))
+        start += n
+    return torch.cat(out)
+
+
+# ------------------------------------------------------------------------------------------------------- the registered ops
+
+_ops = torch.library.Library("ada2i_fast", "FRAGMENT")
+_ops.define("""dialogue_attention_forward(Tensor qkv, int[] lengths, int heads, float dropout, Tensor? seed, int stream,
+    str backend) -> Tensor[]""")
+_ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsum, int[] lengths, int heads,
+    float dropout, Tensor? seed, int stream, str backend) -> Tensor""")
+
+
+def _forward(qkv, lengths, heads, dropout, seed, stream, backend):
+    """out [N, d] and log sum exp of the scores [N, heads]."""
+    return backends.module("dialogue_attention", backend).forward(qkv, lengths, heads, dropout, seed, stream)
+
+
+def _backward(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend):
+    return backends.module("dialogue_attention", backend).backward(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream)
+
+
+for _device in ("CPU", "CUDA"):
+    _ops.impl("dialogue_attention_forward", _forward, _device)
+    _ops.impl("dialogue_attention_backward", _backward, _device)
+
+
+@torch.library.register_fake("ada2i_fast::dialogue_attention_forward")
+def _(qkv, lengths, heads, dropout, seed, stream, backend):
+    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads)]
+
+
+@torch.library.register_fake("ada2i_fast::dialogue_attention_backward")
+def _(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend):
+    return qkv.new_empty(qkv.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------------ autograd
+
+
+class _DialogueAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, lengths, heads, dropout, seed, stream, backend):
+        out, logsum = torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, heads, dropout, seed, stream, backend)
+        ctx.settings = (lengths, heads, dropout, stream, backend)
+        ctx.save_for_backward(qkv, out, logsum, seed)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, out, logsum, seed = ctx.saved_tensors
+        lengths, heads, dropout, stream, backend = ctx.settings
+        if torch.is_grad_enabled():                             # create_graph=True: the ops have no derivative, the formula has
+            again = dialogue_attention_seeded(qkv, lengths, heads, dropout, seed, stream)
+            result, = torch.autograd.grad(again, qkv, grad, create_graph=True)
+        else:
+            result = torch.ops.ada2i_fast.dialogue_attention_backward(grad, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend)
+        return result, None, None, None, None, None, None
+
+
+def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropout: float = 0.0, seed: Tensor | None = None,
+                       stream: int = 0, backend: str = "auto") -> Tensor:
+    """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N; heads
+    divides d. dropout: probability, on the attention weights; seed, stream: of its mask, by default drawn from torch's generator.
+    backend: "auto" | "torch" | "cpu", see `ada2i_fast.backends`. Returns [N, d].
+
+    A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
+    """
+    rows = sum(lengths)
+    if rows != qkv.shape[0]:
+        raise ValueError(f"lengths: expected them to sum to {qkv.shape[0]} (the rows of qkv), got {rows}")
+    if qkv.shape[1] % (3 * heads):
+        raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {list(qkv.shape)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    backend = backends.choose("dialogue_attention", [qkv], backend)
+    if dropout == 0.0:
+        seed = None
+    if backend == "torch":
+        if seed is None:
+            return dialogue_attention_torch(qkv, lengths, heads, dropout)
+        return dialogue_attention_seeded(qkv, lengths, heads, dropout, seed, stream)
+    if dropout and seed is None:
+        seed = torch.randint(2 ** 63 - 1, (1,), device=qkv.device)
+    lengths = list(lengths)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _DialogueAttention.apply(qkv, lengths, heads, dropout, seed, stream, backend)
+    return torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, heads, dropout, seed, stream, backend)[0]

@@ -1,0 +1,147 @@
+"""The fused dropout forms on the CPU: against float64 with the same masks, their gradients and their statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ada2i_fast import cpu
+from ada2i_fast.ops import keep_mask
+from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, relu_dropout, relu_dropout_torch
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+SEED = torch.tensor([-77])
+SIZES = [(7, 16), (1, 1), (33, 13), (65, 300), (40, 77), (5, 2048)]
+
+
+@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
+def tier(request):
+    before = cpu.tier()
+    cpu.set_tier(request.param)
+    yield request.param
+    cpu.set_tier(before)
+
+
+def case(rows, width, count):
+    g = torch.Generator().manual_seed(rows * width)
+    shapes = [(rows, width), (width,), (rows, width), (width,), (width,)][:count]
+    return [torch.randn(s, generator=g) for s in shapes], torch.randn(rows, width, generator=g)
+
+
+def run(function, tensors, grad):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def compare(native, plain, tensors, grad):
+    """At most twice the error of plain torch in float32, and some roundings of the largest element."""
+    exact = run(plain, [t.double() for t in tensors], grad.double())
+    usual = run(plain, tensors, grad)
+    for i, (got, u, e) in enumerate(zip(run(native, tensors, grad), usual, exact)):
+        assert got.shape == e.shape and got.dtype == torch.float32
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 8 * 2.0 ** -24 * e.abs().max(), i
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_relu_dropout(tier, sizes, p):
+    tensors, grad = case(*sizes, 2)
+    compare(lambda *t: relu_dropout(*t, p=p, seed=SEED, stream=5, backend="cpu"),
+            lambda *t: relu_dropout_torch(*t, p, SEED, 5), tensors, grad)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [s for s in SIZES if s[1] > 1])
+def test_dropout_residual_norm(tier, sizes, p):
+    tensors, grad = case(*sizes, 5)
+    compare(lambda *t: dropout_residual_norm(*t, p=p, seed=SEED, stream=5, backend="cpu"),
+            lambda *t: dropout_norm_torch(*t, p, 1e-5, SEED, 5), tensors, grad)
+
+
+def test_mask_is_the_documented_one():
+    x = torch.rand(37, 53) + 1
+    out = relu_dropout(x, torch.zeros(53), p=0.4, seed=SEED, stream=2, backend="cpu")
+    assert torch.equal(out != 0, keep_mask(SEED, 2, 37, 53, 0.4))
+
+
+def test_rows_far_from_zero():
+    """A mean of 1e3 times the spread: the deviations are taken from the mean, not from squares of large numbers."""
+    (x, b, r, w, c), grad = case(9, 128, 5)
+    compare(lambda *t: dropout_residual_norm(*t, p=0.0, backend="cpu"), lambda *t: dropout_norm_torch(*t, 0.0, 1e-5, None, 0),
+            [x, b, r + 1000.0, w, c], grad)
+
+
+def test_nan_stays():
+    x = torch.full((2, 20), float("nan"))
+    z = torch.zeros(20)
+    assert relu_dropout(x, z, p=0.0, backend="cpu").isnan().all()
+    assert dropout_residual_norm(x, z, x, z + 1, z, p=0.0, backend="cpu").isnan().all()
+
+
+def test_strided_and_empty():
+    (x, b, r, w, c), grad = case(12, 24, 5)
+    call = lambda x, g, r: run(lambda *t: dropout_residual_norm(*t, p=0.3, seed=SEED, backend="cpu"), [x, b, r, w, c], g)
+    expected = call(x, grad, r)
+    for got, e in zip(call(x.t().contiguous().t(), grad.t().contiguous().t(), torch.cat([r, r], 1)[:, :24]), expected):
+        assert torch.equal(got, e)
+    for function, tensors in ((dropout_residual_norm, (x[:0], b, r[:0], w, c)), (relu_dropout, (x[:0], b))):
+        out, *grads = run(lambda *t: function(*t, p=0.3, seed=SEED, backend="cpu"), tensors, grad[:0])
+        assert out.shape == (0, 24) and all(not g.any() for g in grads)
+
+
+def test_threads_and_repeats_are_bitwise_equal():
+    tensors, grad = case(300, 520, 5)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results.append(run(lambda *t: dropout_residual_norm(*t, p=0.3, seed=SEED, backend="cpu"), tensors, grad) +
+                       run(lambda *t: relu_dropout(*t, p=0.3, seed=SEED, backend="cpu"), tensors[:2], grad))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_seed_comes_from_torch():
+    x, b = torch.ones(20, 30), torch.zeros(30)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(relu_dropout(x, b, p=0.5, backend="cpu"))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not torch.equal(relu_dropout(x, b, p=0.5, backend="cpu"), draws[2])
+
+
+def test_second_derivatives():
+    tensors, grad = case(5, 6, 5)
+
+    def second(function, count):
+        inputs = [t.clone().requires_grad_() for t in tensors[:count]]
+        first = torch.autograd.grad((function(*inputs) * grad).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs, allow_unused=True)
+
+    pairs = (second(lambda *t: dropout_residual_norm(*t, p=0.3, seed=SEED, backend="cpu"), 5),
+             second(lambda *t: dropout_norm_torch(*t, 0.3, 1e-5, SEED, 0), 5)), \
+            (second(lambda *t: relu_dropout(*t, p=0.3, seed=SEED, backend="cpu"), 2),
+             second(lambda *t: relu_dropout_torch(*t, 0.3, SEED, 0), 2))
+    for got, expected in pairs:
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_opcheck():
+    (x, b, r, w, c), grad = case(6, 10, 5)
+    ops = torch.ops.ada2i_fast
+    mean, rstd = torch.ops.ada2i_fast.dropout_norm_forward(x, b, r, w, c, 0.3, 1e-5, SEED, 0, "cpu")[1:]
+    for op, args in ((ops.relu_dropout_forward, (x, b, 0.3, SEED, 0, "cpu")), (ops.relu_dropout_backward, (grad, x, 0.3, "cpu")),
+                     (ops.dropout_norm_forward, (x, b, r, w, c, 0.3, 1e-5, SEED, 0, "cpu")),
+                     (ops.dropout_norm_backward, (grad, x, b, r, w, mean, rstd, 0.3, SEED, 0, "cpu"))):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_refusals():
+    x, b = torch.ones(2, 3), torch.zeros(3)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it serves float32 only"):
+        relu_dropout(x.double(), b.double(), p=0.1, backend="cpu")
+    with pytest.raises(ValueError, match="p: expected a probability below 1, got 1.0"):
+        relu_dropout(x, b, p=1.0)
