@@ -586,8 +586,14 @@ template <class Tile> __device__ void store_piece(const Tile& tile, float* piece
     });
 }
 
-// At most 168 registers, so that three blocks share a multiprocessor.
-template <class P> __global__ void __launch_bounds__(kThreads, 3) weight_kernel(const __grid_constant__ TensorRing a) {
+// At most 168 registers, so that three blocks share a multiprocessor; on sm_80 the 16-bit kernel would spill then.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int kWeightBlocks = 2;
+#else
+constexpr int kWeightBlocks = 3;
+#endif
+
+template <class P> __global__ void __launch_bounds__(kThreads, kWeightBlocks) weight_kernel(const __grid_constant__ TensorRing a) {
     using T = typename P::Storage;
     ADA2I_DYNAMIC_SHARED(shared);
     const int j = blockIdx.z, R = a.rank, split = blockIdx.y;
