@@ -187,7 +187,15 @@ class _Op(Competitor):
             outputs = self.call(0.0)
         found = {f"output{i}": packed(t) for i, t in enumerate(outputs)}
         if self.training:
-            found |= {f"gradient of {name}": packed(t) for name, t in zip(self.leaves, self._gradients(outputs))}
+            gradients = {name: packed(t) for name, t in zip(self.leaves, self._gradients(outputs))}
+            # q1, q2, k1 and k2 stacked, as the op has them: a bias of rank 1 alone is a single sum that can cancel to rounding.
+            for j in range(len(self.x)):
+                for kind in ("weight", "bias"):
+                    parts = [gradients.pop(f"{prefix}trans_{q}.{j}.lin.{kind}", None) for q in ("q1", "q2", "k1", "k2")
+                             for prefix in ("", "attention.")]
+                    if parts := [t for t in parts if t is not None]:
+                        gradients[f"projection.{j}.{kind}"] = torch.cat(parts)
+            found |= {f"gradient of {name}": t for name, t in gradients.items()}
         return found
 
 
