@@ -2,7 +2,8 @@
 // Tensors are cut into chunks of fixed size, so results do not depend on the number of threads.
 
 constexpr int64_t kAdamChunk = 1 << 14;
-constexpr int64_t kNormals = 32;   // normals are drawn in blocks of 32: number i shares its radius with number i + 16
+constexpr int64_t kPairs = 16;     // in a block of 32 normals, number i shares its radius with number i + 16
+constexpr int64_t kNormals = 64;   // drawn at a time
 
 INLINE Vector<float> square_root(Vector<float> value) {
 #if defined(ADA2I_MASKS)
@@ -53,21 +54,22 @@ INLINE void normals(Vector<uint32_t> a, Vector<uint32_t> b, Vector<float>& first
   second = radius * ((quadrant & 2u) != 0u ? -y : y);
 }
 
-// The normals of elements first .. first + 31 of a tensor; `first` is a multiple of 32. The words are those of the dropout mask,
+// The normals of elements first .. first + 63 of a tensor; `first` is a multiple of 32. The words are those of the dropout mask,
 // with the tensor's number for the row, the element for the column and the step for the stream.
 INLINE void draw(uint64_t seed, int64_t tensor, uint32_t step, int64_t first, float* out) {
-  constexpr int lanes = Lanes<float>::count;
+  constexpr int lanes = Lanes<float>::count, blocks = kNormals / kWords < 4 ? kNormals / kWords : 4;
   uint32_t words[kNormals];
-  for (int64_t k = 0; k < kNormals; k += kWords) philox(seed, tensor, step, first + k, words + k);
-  for (int k = 0; k < kNormals / 2; k += lanes) {
-    Vector<uint32_t> a, b;
-    __builtin_memcpy(&a, words + k, sizeof a);
-    __builtin_memcpy(&b, words + kNormals / 2 + k, sizeof b);
-    Vector<float> x, y;
-    normals(a, b, x, y);
-    store(out + k, x);
-    store(out + kNormals / 2 + k, y);
-  }
+  for (int64_t k = 0; k < kNormals; k += blocks * kWords) philox_blocks<blocks>(seed, tensor, step, first + k, words + k);
+  for (int block = 0; block < kNormals; block += 2 * kPairs)
+    for (int k = block; k < block + kPairs; k += lanes) {
+      Vector<uint32_t> a, b;
+      __builtin_memcpy(&a, words + k, sizeof a);
+      __builtin_memcpy(&b, words + kPairs + k, sizeof b);
+      Vector<float> x, y;
+      normals(a, b, x, y);
+      store(out + k, x);
+      store(out + kPairs + k, y);
+    }
 }
 
 struct AdamChunk { int64_t tensor, first, size; };

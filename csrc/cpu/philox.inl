@@ -34,24 +34,40 @@ INLINE void interleave(Wide a, Wide b, uint32_t* out) {
 
 constexpr int kWords = kBytes / 2;   // columns per call: four words for each 64-bit lane
 
-// words[i] for columns column .. column + kWords - 1; column is a multiple of 4.
-INLINE void philox(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
+// words[i] for columns column .. column + blocks * kWords - 1; column is a multiple of 4. Several blocks hide each other's latency.
+template <int blocks> INLINE void philox_blocks(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
   constexpr int lanes = Lanes<uint64_t>::count;
-  Wide c0, c1 = broadcast<uint64_t>(uint32_t(row)), c2 = broadcast<uint64_t>(uint64_t(row) >> 32);
-  Wide c3 = broadcast<uint64_t>(stream);
-  for (int i = 0; i < lanes; ++i) c0[i] = uint64_t(column / 4 + i);
+  Wide order, c0[blocks], c1[blocks], c2[blocks], c3[blocks];
+  for (int i = 0; i < lanes; ++i) order[i] = uint64_t(i);
+  for (int k = 0; k < blocks; ++k) {
+    c0[k] = order + uint64_t(column / 4 + k * lanes);
+    c1[k] = broadcast<uint64_t>(uint32_t(row));
+    c2[k] = broadcast<uint64_t>(uint64_t(row) >> 32);
+    c3[k] = broadcast<uint64_t>(stream);
+  }
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    Wide p0 = multiply(c0, 0xD2511F53u), p1 = multiply(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ key0;
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ key1;
-    c3 = p0;
+#pragma GCC unroll 8
+    for (int k = 0; k < blocks; ++k) {
+      Wide p0 = multiply(c0[k], 0xD2511F53u), p1 = multiply(c2[k], 0xCD9E8D57u);
+      c0[k] = (p1 >> 32) ^ c1[k] ^ key0;
+      c1[k] = p1;
+      c2[k] = (p0 >> 32) ^ c3[k] ^ key1;
+      c3[k] = p0;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  Wide first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
-  interleave(first, second, words);
+#pragma GCC unroll 8
+  for (int k = 0; k < blocks; ++k) {
+    Wide first = (c0[k] & 0xffffffffu) | (c1[k] << 32), second = (c2[k] & 0xffffffffu) | (c3[k] << 32);
+    interleave(first, second, words + k * kWords);
+  }
+}
+
+INLINE void philox(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
+  philox_blocks<1>(seed, row, stream, column, words);
 }
 
 // Words below round(p 2^32) drop their element.
