@@ -57,7 +57,7 @@ _DATASETS: dict[str, dict[str, Any]] = {
     "mosi": dict(input_widths={"a": 73, "t": 100, "v": 100}, num_classes=2, hidden_dim=200, tensor_rank=6,
                  learning_rate=1.3e-4, alpha=0.4, beta=0.2, batch_size=10, epochs=50),
     "synthetic": dict(input_widths={"a": 48, "t": 96, "v": 64}, num_classes=6, hidden_dim=64, tensor_rank=6,
-                      learning_rate=5e-4, alpha=0.1, beta=0.5, batch_size=10, epochs=12, dropout=0.3),
+                      learning_rate=5e-4, alpha=0.1, beta=0.5, batch_size=10, epochs=20, dropout=0.3),
 }
 _PAPER = {
     "iemocap": dict(beta=0.01), "iemocap4": dict(beta=0.01),

@@ -28,15 +28,15 @@ def load() -> list[dict]:
 
 
 def add(implementation: str, directories: list[str]) -> None:
-    """Replaces the rows of the runs' corpora under this implementation."""
+    """Adds a row per seed, in the place of an earlier one of the same corpus, implementation and seed."""
     rows = load()
     for directory in directories:
         run = json.loads((Path(directory) / "results.json").read_text())
         config = tomllib.loads((Path(directory) / "config.toml").read_text())
         corpus = Path(config["corpus"]).stem
-        rows = [row for row in rows if (row["corpus"], row["implementation"]) != (corpus, implementation)]
         for seed in run["per_seed"]:
             test = seed["test"]
+            rows = [row for row in rows if (row["corpus"], row["implementation"], row["seed"]) != (corpus, implementation, seed["seed"])]
             rows.append(dict(corpus=corpus, implementation=implementation, seed=seed["seed"], weighted_f1=test["weighted_f1"],
                              accuracy=test["accuracy"], best_epoch=seed["best_epoch"], epochs=seed["epochs"],
                              unimodal={m: score["weighted_f1"] for m, score in test["unimodal"].items()}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ada2i_fast import DialogueBatch
-from conftest import padded_case
+from model_cases import padded_case
 
 
 def test_from_padded_keeps_real_rows_in_order():

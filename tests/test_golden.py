@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ada2i_fast import Ada2I, BalancedAdam, reference
-from conftest import assert_summary
+from model_cases import assert_summary
 
 OUTPUT, GRADIENT, FEATURE_LOSS = 1e-9, 1e-7, 1e-6       # relative; the released code accumulates the feature loss in float32
 

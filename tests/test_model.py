@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ada2i_fast import Ada2I, Ada2IConfig, Ada2IOutput, DialogueBatch, reference
-from conftest import WIDTHS, GoldenCase, padded_case, small_config, spread_parameters
+from model_cases import WIDTHS, GoldenCase, padded_case, small_config, spread_parameters
 
 # Both sides compute in float64 the same polynomial of degree 13 per AFW layer behind the encoders, in another order:
 # rounding of 2^-53 is multiplied by the degree, the two layers and the norm that the cosine divides by (1e-1 to 1e-2 here).

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
-from conftest import padded_case, small_config
+from model_cases import padded_case, small_config
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 LENGTHS = [7, 3, 13, 1]

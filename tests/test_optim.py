@@ -9,7 +9,7 @@ import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
 from ada2i_fast.balance import disparity_ratio, modulation_coefficients
-from conftest import padded_case, small_config, spread_parameters
+from model_cases import padded_case, small_config, spread_parameters
 
 RATIO = {"a": torch.tensor(1.0), "t": torch.tensor(2.5), "v": torch.tensor(1.2)}
 

@@ -9,7 +9,7 @@ from ada2i_fast.modules import FeatureWeighting
 from ada2i_fast.reference import attention_mapping, tensor_ring
 from ada2i_fast.reference.attention_mapping import AttentionMapping
 from ada2i_fast.reference.tensor_ring import TensorRing
-from conftest import spread_parameters
+from model_cases import spread_parameters
 
 LENGTHS = [4, 1, 6]
 OFFSETS = torch.tensor([0, 4, 5, 11])

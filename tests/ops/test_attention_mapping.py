@@ -144,6 +144,11 @@ def test_first_and_second_derivatives():
         assert torch.autograd.gradcheck(function, flat)
         assert torch.autograd.gradgradcheck(function, flat)
 
+        # gradgradcheck takes the first derivative as it comes: with create_graph it is another expression, which has to agree.
+        plain = torch.autograd.grad(function(*flat), flat)
+        graphed = torch.autograd.grad(function(*flat), flat, create_graph=True)
+        torch.testing.assert_close(graphed, plain, rtol=1e-12, atol=1e-14)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):

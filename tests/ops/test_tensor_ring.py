@@ -264,6 +264,11 @@ def test_first_and_second_derivatives():
         assert torch.autograd.gradcheck(function, flat)
         assert torch.autograd.gradgradcheck(function, flat)
 
+        def gradients(**options):
+            return torch.autograd.grad(sum(t.sin().sum() for t in function(*flat)), flat, **options)
+
+        torch.testing.assert_close(gradients(create_graph=True), gradients(), rtol=1e-10, atol=1e-12)
+
 
 def test_only_some_gradients_wanted():
     """An unused target, an unused output, frozen parameters."""
