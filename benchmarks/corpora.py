@@ -87,13 +87,16 @@ def page(rows: list[dict]) -> str:
 def comparison(first: str, before: list[dict], second: str, after: list[dict]) -> str:
     """One sentence: the difference of the means against the pooled spread of single runs."""
     parts, beyond = [], []
-    for key, what in (("weighted_f1", "W-F1"), ("accuracy", "accuracy")):
-        (a, s), (b, t) = spread([r[key] for r in before]), spread([r[key] for r in after])
+    figures = {"W-F1": lambda r: r["weighted_f1"], "accuracy": lambda r: r["accuracy"]}
+    for m in sorted(before[0].get("unimodal") or ()):
+        figures[f"{m} alone"] = lambda r, m=m: r["unimodal"][m]
+    for what, figure in figures.items():
+        (a, s), (b, t) = spread(list(map(figure, before))), spread(list(map(figure, after)))
         pooled = ((s * s + t * t) / 2) ** 0.5
         parts.append(f"{what} {b - a:+.2f} (seed spread {pooled:.2f})")
-        beyond.append(abs(b - a) > 2 * pooled)
-    verdict = "no difference beyond twice the seed spread" if not any(beyond) else "a difference beyond twice the seed spread"
-    return f"{second} against {first}: {', '.join(parts)}: {verdict}."
+        if abs(b - a) > 2 * pooled:
+            beyond.append(f"{what} {'better' if b > a else 'worse'}")
+    return f"{second} against {first}: {', '.join(parts)}. Beyond twice the seed spread: {', '.join(beyond) or 'nothing'}."
 
 
 def main(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("triton_cases.py")
 def keys(table: str) -> list[str]:
     """Names in a table of the script, which must not be imported here: it switches Triton to its interpreter."""
     for node in ast.parse(SCRIPT.read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == table:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == table:
             return [key.value for key in node.value.keys if key is not None]
     raise KeyError(table)
 
