@@ -202,7 +202,7 @@ def constants(dtype: torch.dtype) -> dict:
     """Compile-time sizes and modes that the kernels share; the wider an operand, the smaller the tiles, or they spill."""
     precision = common.precision(dtype)
     return {"OPERAND": common.storage_operand(dtype), "PRECISION": precision, "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
-            "BLOCK_D": 32 if precision == "ieee" else 64, "BLOCK_K": 32, "num_warps": 4, "enable_fp_fusion": True}
+            "BLOCK_D": 32 if precision == "ieee" or dtype == torch.float16 else 64, "BLOCK_K": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:
