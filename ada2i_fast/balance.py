@@ -7,7 +7,7 @@ from typing import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["disparity_ratio", "modulation_coefficients"]
+__all__ = ["disparity_ratio", "modulation_coefficients", "spread"]
 
 
 def disparity_ratio(scores: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
@@ -22,3 +22,8 @@ def modulation_coefficients(ratio: Mapping[str, Tensor | float], alpha: float) -
         rho = torch.as_tensor(rho)
         coefficients[m] = torch.where(rho > 1, 1 - torch.tanh(alpha * rho), torch.ones_like(rho))
     return coefficients
+
+
+def spread(gradient: Tensor) -> Tensor:
+    """Unbiased standard deviation of all elements, 0-dimensional; 0 for a single element, where torch gives NaN."""
+    return gradient.std(correction=min(1, gradient.numel() - 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .balance import disparity_ratio, modulation_coefficients
+from .balance import disparity_ratio, modulation_coefficients, spread
 from .batch import Ada2IOutput, DialogueBatch
 from .config import Ada2IConfig
 from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
@@ -172,9 +172,4 @@ class Ada2I(nn.Module):
                     continue
                 p.grad = p.grad * coefficients[m]
                 if self.config.noise == "gradient":
-                    p.grad += torch.randn_like(p.grad) * (_std(p.grad) + 1e-8)
-
-
-def _std(g: Tensor) -> Tensor:
-    """Unbiased standard deviation; 0 for a single element, where torch gives NaN."""
-    return g.std(correction=min(1, g.numel() - 1))
+                    p.grad += torch.randn_like(p.grad) * (spread(p.grad) + 1e-8)

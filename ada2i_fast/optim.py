@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .balance import modulation_coefficients
+from .balance import modulation_coefficients, spread
 from .ops import balanced_adam
 
 __all__ = ["BalancedAdam"]
@@ -131,14 +131,14 @@ class BalancedAdam(torch.optim.Adam):
         self.last_norm = norm.float()
         clip = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0) if config.clip_norm else torch.ones_like(norm)
         # The spread is that of the gradient as modulation finds it: clipped where clipping comes first.
-        spread = (square / (sizes - 1).clamp(min=1)).sqrt() * (clip if config.clip_order == "before" else 1.0)
+        deviation = (square / (sizes - 1).clamp(min=1)).sqrt() * (clip if config.clip_order == "before" else 1.0)
         t = torch.stack(steps).double()
         lr, (beta1, beta2) = torch.tensor(lr, dtype=torch.float64), self.param_groups[0]["betas"]
         none = torch.zeros_like(sizes)
         settings = torch.stack((
             clip * k, torch.tensor(decay, dtype=torch.float64), lr / (1 - beta1 ** t), (1 - beta2 ** t).rsqrt(),
-            torch.where(modulated, spread * k + 1e-8, none) if config.noise == "gradient" else none,
-            torch.where(modulated, spread * lr, none) if config.noise == "parameter" else none), dim=1)
+            torch.where(modulated, deviation * k + 1e-8, none) if config.noise == "gradient" else none,
+            torch.where(modulated, deviation * lr, none) if config.noise == "parameter" else none), dim=1)
         seed = torch.randint(2 ** 63 - 1, (1,)) if ratio is not None and config.noise != "none" else None
         balanced_adam.update(params, grads, [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params],
                              settings, numbers=numbers, seed=seed, step=int(t.max()), beta1=beta1, beta2=beta2,
@@ -154,8 +154,8 @@ class BalancedAdam(torch.optim.Adam):
         if config.clip_order == "after":
             self._clip()
         super().step()
-        for p, spread in kicks:
-            p.add_(torch.randn_like(p) * spread)
+        for p, deviation in kicks:
+            p.add_(torch.randn_like(p) * deviation)
 
     def _clip(self) -> None:
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -170,10 +170,10 @@ class BalancedAdam(torch.optim.Adam):
             for p in self._encoders[m]:
                 if p.grad is None:
                     continue
-                spread = p.grad.std(correction=min(1, p.numel() - 1)) if self.config.noise != "none" else None
+                deviation = spread(p.grad) if self.config.noise != "none" else None
                 p.grad.mul_(k.to(p.grad))
                 if self.config.noise == "gradient":             # std(k g) = k std(g), k being positive
-                    p.grad.add_(torch.randn_like(p.grad) * (spread * k.to(spread) + 1e-8))
+                    p.grad.add_(torch.randn_like(p.grad) * (deviation * k.to(deviation) + 1e-8))
                 elif self.config.noise == "parameter":
-                    kicks.append((p, spread * rates[p]))
+                    kicks.append((p, deviation * rates[p]))
         return kicks
