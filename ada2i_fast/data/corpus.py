@@ -7,14 +7,13 @@ import json
 import math
 import os
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import CorpusError
+from .errors import CorpusError, written_whole
 
 if TYPE_CHECKING:
     from ..batch import DialogueBatch
@@ -378,38 +377,21 @@ class Corpus:
         arrays = {k: np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("<")) for k, x in arrays.items()}
         header, size = _header(self, arrays)
 
-        temporary = None
-        try:
-            descriptor, temporary = tempfile.mkstemp(
-                prefix=".", suffix=".part", dir=os.path.dirname(os.path.abspath(path))
+        with written_whole(path, CorpusError) as file:
+            prologue = (
+                MAGIC
+                + SCHEMA.to_bytes(4, "little")
+                + len(header).to_bytes(4, "little")
+                + size.to_bytes(8, "little")
+                + bytes(8)
             )
-            with os.fdopen(descriptor, "wb") as file:
-                prologue = (
-                    MAGIC
-                    + SCHEMA.to_bytes(4, "little")
-                    + len(header).to_bytes(4, "little")
-                    + size.to_bytes(8, "little")
-                    + bytes(8)
-                )
-                digest = hashlib.blake2b(prologue, digest_size=32)
-                file.write(prologue + bytes(32))
-                for part in _parts(header, arrays.values()):
-                    digest.update(part)
-                    file.write(part)
-                file.seek(_CHECKED)
-                file.write(digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            mask = os.umask(0)  # mkstemp's files are private; the corpus gets the usual permissions
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, path)
-            temporary = None
-        except OSError as error:
-            raise CorpusError(f"{path} cannot be written: {error.strerror or error}") from None
-        finally:
-            if temporary is not None:
-                os.unlink(temporary)
+            digest = hashlib.blake2b(prologue, digest_size=32)
+            file.write(prologue + bytes(32))
+            for part in _parts(header, arrays.values()):
+                digest.update(part)
+                file.write(part)
+            file.seek(_CHECKED)
+            file.write(digest.digest())
 
     @classmethod
     def load(cls, path: str | os.PathLike, mmap: bool = True, verify: bool = True) -> Corpus:

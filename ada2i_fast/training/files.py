@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import io
 import json
 import os
-import tempfile
 import tomllib
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, ContextManager, Iterable, Mapping, Sequence
+
+from ..data.errors import written_whole
 
 __all__ = ["RunError", "atomic", "need", "read_toml", "write_csv", "write_json", "write_toml"]
 
@@ -19,31 +19,9 @@ class RunError(ValueError):
     """Something that the user can mend, in one clear sentence: a file, an option, a device, a missing package."""
 
 
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Any]:
-    """A binary file that takes the name `path` in one step when the block ends well, and leaves no trace when it does not.
-
-    Raises RunError where it cannot be written.
-    """
-    path = os.fspath(path)
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=os.path.dirname(os.path.abspath(path)))
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)                                  # mkstemp's files are private; this one gets the usual permissions
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+def atomic(path: str | os.PathLike) -> ContextManager[BinaryIO]:
+    """A binary file that takes the name `path` in one step when the block ends well; RunError where it cannot be written."""
+    return written_whole(path, RunError)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
