@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import backends
 from .balance import disparity_ratio, modulation_coefficients, spread
 from .batch import Ada2IOutput, DialogueBatch
 from .config import Ada2IConfig
 from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
+from .ops import balanced_adam
 
 __all__ = ["Ada2I"]
 
@@ -73,6 +75,7 @@ class Ada2I(nn.Module):
         if not isinstance(config, Ada2IConfig):
             raise TypeError(f"config: expected an Ada2IConfig or the released argparse.Namespace, got {type(config).__name__}")
         self.config = config
+        self.backend = backend
         self.net = _Net(config, backend)
 
     # -- forward -----------------------------------------------------------------------------------------------------
@@ -163,13 +166,29 @@ class Ada2I(nn.Module):
     def apply_modulation(self, ratio: Mapping[str, Tensor]) -> None:
         """Edits the encoders' `.grad` as the released code does: g <- k_m g, then with noise g <- g + N(0, std(g) + 1e-8).
 
-        ratio: {modality: rho_m} as returned by forward. `BalancedAdam` does this, and more, in its step.
+        ratio: {modality: rho_m} as returned by forward. `BalancedAdam` does this, and more, in its step. The gradients change in
+        place; contiguous float32 ones on a CPU in two passes of `ops.balanced_adam`.
         """
-        coefficients = modulation_coefficients(ratio, self.config.alpha)
-        for m, parameters in self.net.get_encoder_params().items():
-            for p in parameters:
-                if p.grad is None:
-                    continue
-                p.grad = p.grad * coefficients[m]
-                if self.config.noise == "gradient":
-                    p.grad += torch.randn_like(p.grad) * (spread(p.grad) + 1e-8)
+        noisy = self.config.noise == "gradient"
+        grads, coefficients = [], []
+        for m, k in modulation_coefficients(ratio, self.config.alpha).items():
+            own = [p.grad for p in self.net.encoder[m].parameters() if p.grad is not None]
+            grads += own
+            coefficients += [k] * len(own)
+        if not grads:
+            return
+        if self.backend != "torch" and all(g.is_cpu and g.dtype == torch.float32 and g.is_contiguous() for g in grads) and \
+                backends.best("balanced_adam", "cpu", torch.float32, 1) == "cpu":
+            settings = torch.zeros(len(grads), 6, dtype=torch.float64)
+            settings[:, 0] = k = torch.stack(coefficients).to(settings)
+            seed = None
+            if noisy:
+                sizes = torch.tensor([g.numel() for g in grads], dtype=torch.float64)
+                settings[:, 4] = k * (balanced_adam.measure(grads)[:, 1] / (sizes - 1).clamp(min=1)).sqrt() + 1e-8
+                seed = torch.randint(2 ** 63 - 1, (1,))
+            balanced_adam.modulate(grads, settings, numbers=range(len(grads)), seed=seed)
+            return
+        for g, k in zip(grads, coefficients):
+            g.mul_(k.to(g))
+            if noisy:
+                g.add_(torch.randn_like(g) * (spread(g) + 1e-8))

@@ -75,6 +75,10 @@ MUTANTS = [
     Mutant("cpu", "bound", CPU_RING, "if (args->offsets[middle] <= n) low = middle;", "if (args->offsets[middle] < n) low = middle;",
            "a dialogue's first row belongs to the one before"),
     Mutant("cpu", "mask", CPU_RING, "if (!args->gated_target) att += target;", "att += target;", "the target's gradient counts twice"),
+    Mutant("cpu", "sign", "csrc/cpu/balanced_adam.inl", "store(g + d, load(g + d, n) * factor + noise * to_gradient, n);",
+           "store(g + d, load(g + d, n) * factor - noise * to_gradient, n);", "the noise of modulation changes sign"),
+    Mutant("cpu", "scale", "csrc/cpu/balanced_adam.inl", "auto gradient = load(g + d, n) * factor + noise * to_gradient;",
+           "auto gradient = load(g + d, n) + noise * to_gradient;", "Adam sees the gradient without clipping and modulation"),
     # ---- CUDA C++, on the shim
     Mutant("cuda", "barrier", CUDA_TILE, "        __syncthreads();\n        if (k0 + D < end) fetch(k0 + D);", "        if (k0 + D < end) fetch(k0 + D);",
            "no barrier between filling the tile and multiplying"),

@@ -206,11 +206,13 @@ def test_released_dictionary():
     assert [torch.is_tensor(x) or isinstance(x, dict) for x in out] == [True] * 4       # unpacks into the same four
 
 
-def test_released_noise_has_the_spread_of_the_modulated_gradient():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])      # float32: the native pass, where it is built
+def test_released_noise_has_the_spread_of_the_modulated_gradient(dtype):
     golden = GoldenCase("strong_modulation")
-    model = Ada2I(golden.config.replace(noise="gradient")).double()
+    torch.manual_seed(3)
+    model = Ada2I(golden.config.replace(noise="gradient")).to(dtype)
     model.load_state_dict(golden.parameters)
-    model(golden.batch).loss.backward()
+    model(golden.batch.to(dtype=dtype)).loss.backward()
     ratio = {"a": torch.tensor(2.0), "t": torch.tensor(1.0), "v": torch.tensor(1.5)}
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.apply_modulation(ratio)

@@ -41,6 +41,11 @@ def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[
           step=step, beta1=beta1, beta2=beta2, eps=eps, seed=seed, settings=settings)
 
 
+def modulate(grads: Sequence[Tensor], settings: Tensor, numbers: Sequence[int], seed: Tensor | None, step: int) -> None:
+    _call("ada2i_balanced_adam_modulate", pointers(grads), [g.numel() for g in grads], numbers=numbers, step=step, seed=seed,
+          settings=settings)
+
+
 def noise(seed: Tensor, number: int, step: int, size: int) -> Tensor:
     """The normals that `update` draws for the elements of tensor `number`; for tests."""
     out = torch.empty(size)

@@ -12,6 +12,8 @@ by Box and Muller (1958): radius sqrt(-2 log((a + 1) 2^-32)), angle 2 pi b 2^-32
 
 `measure` gives what the settings are made of, in one pass: mean and sum of squared deviations per tensor, in float64; the squared
 norm is deviations + elements * mean^2.
+
+`modulate` writes f g + s_g e into the gradients instead, for an optimiser of another kind.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from .. import backends
 from .dropout import philox_words
 
-__all__ = ["measure", "normals", "update"]
+__all__ = ["measure", "modulate", "normals", "update"]
 
 
 def normals(seed: Tensor, number: int, step: int, size: int) -> Tensor:
@@ -53,10 +55,18 @@ def update_torch(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, st
             p.add_(to_parameter * noise)
 
 
+def modulate_torch(grads, settings, numbers, seed, step) -> None:
+    for g, (factor, _, _, _, to_gradient, _), number in zip(grads, settings.tolist(), numbers):
+        g.mul_(factor)
+        if seed is not None and to_gradient:
+            g.add_(to_gradient * normals(seed, number, step, g.numel()).to(g).reshape(g.shape))
+
+
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
 _ops.define("balanced_adam_measure(Tensor[] grads, str backend) -> Tensor")
 _ops.define("""balanced_adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq,
     Tensor settings, int[] numbers, Tensor? seed, int step, float beta1, float beta2, float eps, str backend) -> ()""")
+_ops.define("balanced_adam_modulate(Tensor(a!)[] grads, Tensor settings, int[] numbers, Tensor? seed, int step, str backend) -> ()")
 
 
 def _measure(grads, backend):
@@ -68,9 +78,15 @@ def _update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, b
     run(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps)
 
 
+def _modulate(grads, settings, numbers, seed, step, backend):
+    run = modulate_torch if backend == "torch" else backends.module("balanced_adam", backend).modulate
+    run(grads, settings, numbers, seed, step)
+
+
 for _device in ("CPU", "CUDA"):
     _ops.impl("balanced_adam_measure", _measure, _device)
     _ops.impl("balanced_adam_update", _update, _device)
+    _ops.impl("balanced_adam_modulate", _modulate, _device)
 
 
 @torch.library.register_fake("ada2i_fast::balanced_adam_measure")
@@ -80,6 +96,11 @@ def _(grads, backend):
 
 @torch.library.register_fake("ada2i_fast::balanced_adam_update")
 def _(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps, backend):
+    return None
+
+
+@torch.library.register_fake("ada2i_fast::balanced_adam_modulate")
+def _(grads, settings, numbers, seed, step, backend):
     return None
 
 
@@ -98,3 +119,10 @@ def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[
     """
     backend = backends.choose("balanced_adam", [p.detach().reshape(1, -1) for p in params[:1]], backend)
     torch.ops.ada2i_fast.balanced_adam_update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps, backend)
+
+
+def modulate(grads: Sequence[Tensor], settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, step: int = 0,
+             backend: str = "auto") -> None:
+    """f g + s_g e in place of each of T gradients, contiguous, of one dtype; arguments as of `update`."""
+    backend = backends.choose("balanced_adam", [g.reshape(1, -1) for g in grads[:1]], backend)
+    torch.ops.ada2i_fast.balanced_adam_modulate(grads, settings, numbers, seed, step, backend)

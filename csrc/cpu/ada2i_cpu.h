@@ -81,5 +81,6 @@ struct Ada2iTier {
   int (*dialogue_attention_backward)(const DialogueAttention*);
   int (*balanced_adam_measure)(const BalancedAdam*);
   int (*balanced_adam_update)(const BalancedAdam*);
+  int (*balanced_adam_modulate)(const BalancedAdam*);
   int (*balanced_adam_noise)(const BalancedAdam*);
 };

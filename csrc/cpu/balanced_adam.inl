@@ -138,14 +138,27 @@ static int balanced_adam_measure(const BalancedAdam* args) {
   return 0;
 }
 
-static int balanced_adam_update(const BalancedAdam* args) {
+// Calls body(d, n, noise) for every vector of a chunk: its first element, how many are left, and its normals (0 without noise).
+template <typename Body>
+INLINE void for_elements(const BalancedAdam* args, AdamChunk chunk, bool noisy, Body body) {
   constexpr int lanes = Lanes<float>::count;
+  if (!args->seed || !noisy) {
+    for (int64_t d = 0; d < chunk.size; d += lanes) body(d, chunk.size - d, Vector<float>{});
+    return;
+  }
+  float noise[kNormals];
+  for (int64_t d = 0; d < chunk.size; d += kNormals) {
+    draw(uint64_t(*args->seed), args->numbers[chunk.tensor], uint32_t(args->step), chunk.first + d, noise);
+    for (int64_t k = 0; k < kNormals && d + k < chunk.size; k += lanes) body(d + k, chunk.size - d - k, load(noise + k));
+  }
+}
+
+static int balanced_adam_update(const BalancedAdam* args) {
   const int64_t count = adam_chunks(args, nullptr), T = args->count;
   Scratch<AdamChunk> chunks(count);
   if (!chunks.ok()) return 1;
   adam_chunks(args, chunks.data);
   const float forget1 = float(1 - args->beta1), beta2 = float(args->beta2), forget2 = float(1 - args->beta2), eps = float(args->eps);
-  const uint64_t seed = args->seed ? uint64_t(*args->seed) : 0;
 #pragma omp parallel for num_threads(useful_threads(args->threads, count * kAdamChunk)) schedule(static)
   for (int64_t c = 0; c < count; ++c) {
     const auto chunk = chunks.data[c];
@@ -156,7 +169,6 @@ static int balanced_adam_update(const BalancedAdam* args) {
     const double* s = args->settings + 6 * chunk.tensor;
     const float factor = float(s[0]), decay = float(s[1]), rate = float(s[2]), root = float(s[3]);
     const float to_gradient = float(s[4]), to_parameter = float(s[5]);
-    const bool noisy = args->seed && (to_gradient != 0 || to_parameter != 0);
     auto update = [&](int64_t d, int64_t n, Vector<float> noise) __attribute__((always_inline)) {
       auto theta = load(p + d, n), first = load(m + d, n), second = load(v + d, n);
       auto gradient = load(g + d, n) * factor + noise * to_gradient;
@@ -169,15 +181,25 @@ static int balanced_adam_update(const BalancedAdam* args) {
       store(m + d, first, n);
       store(v + d, second, n);
     };
-    if (noisy) {
-      float noise[kNormals];
-      for (int64_t d = 0; d < chunk.size; d += kNormals) {
-        draw(seed, args->numbers[chunk.tensor], uint32_t(args->step), chunk.first + d, noise);
-        for (int64_t k = 0; k < kNormals && d + k < chunk.size; k += lanes) update(d + k, chunk.size - d - k, load(noise + k));
-      }
-    } else {
-      for (int64_t d = 0; d < chunk.size; d += lanes) update(d, chunk.size - d, Vector<float>{});
-    }
+    for_elements(args, chunk, to_gradient != 0 || to_parameter != 0, update);
+  }
+  return 0;
+}
+
+// The same factor and noise, written into the gradients: tensors[t] <- f tensors[t] + s_g e.
+static int balanced_adam_modulate(const BalancedAdam* args) {
+  const int64_t count = adam_chunks(args, nullptr);
+  Scratch<AdamChunk> chunks(count);
+  if (!chunks.ok()) return 1;
+  adam_chunks(args, chunks.data);
+#pragma omp parallel for num_threads(useful_threads(args->threads, count * kAdamChunk)) schedule(static)
+  for (int64_t c = 0; c < count; ++c) {
+    const auto chunk = chunks.data[c];
+    float* g = (float*)args->tensors[chunk.tensor] + chunk.first;
+    const float factor = float(args->settings[6 * chunk.tensor]), to_gradient = float(args->settings[6 * chunk.tensor + 4]);
+    for_elements(args, chunk, to_gradient != 0, [&](int64_t d, int64_t n, Vector<float> noise) __attribute__((always_inline)) {
+      store(g + d, load(g + d, n) * factor + noise * to_gradient, n);
+    });
   }
   return 0;
 }

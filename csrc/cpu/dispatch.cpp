@@ -81,4 +81,5 @@ ADA2I_EXPORT int ada2i_dialogue_attention_forward(const DialogueAttention* args)
 ADA2I_EXPORT int ada2i_dialogue_attention_backward(const DialogueAttention* args) { return chosen()->dialogue_attention_backward(args); }
 ADA2I_EXPORT int ada2i_balanced_adam_measure(const BalancedAdam* args) { return chosen()->balanced_adam_measure(args); }
 ADA2I_EXPORT int ada2i_balanced_adam_update(const BalancedAdam* args) { return chosen()->balanced_adam_update(args); }
+ADA2I_EXPORT int ada2i_balanced_adam_modulate(const BalancedAdam* args) { return chosen()->balanced_adam_modulate(args); }
 ADA2I_EXPORT int ada2i_balanced_adam_noise(const BalancedAdam* args) { return chosen()->balanced_adam_noise(args); }

@@ -30,5 +30,6 @@ const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_f
                         ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward),
                         relu_dropout_forward, relu_dropout_backward, dropout_norm_forward, dropout_norm_backward,
                         dialogue_attention_forward, dialogue_attention_backward,
-                        balanced_adam_measure, balanced_adam_update, balanced_adam_noise};
+                        balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,
+                        balanced_adam_noise};
 }  // namespace ADA2I_TIER

@@ -58,6 +58,18 @@ def test_update_against_float64(tier, noise_on):
     assert all(torch.equal(a, b) for a, b in zip(native[1], tensors()[1]))          # gradients are only read
 
 
+@pytest.mark.parametrize("noise_on", [None, "gradient"])
+def test_modulate_against_float64(tier, noise_on):
+    usual, native = tensors()[1], tensors()[1]
+    exact = [t.double() for t in usual]
+    s, numbers, seed, step = arguments(noise_on)[:4]
+    op.modulate_torch(exact, s, numbers, seed, step)
+    op.modulate_torch(usual, s, numbers, seed, step)
+    op.modulate(native, s, numbers=numbers, seed=seed, step=step)
+    for got, u, e, n in zip(native, usual, exact, 3e-6 * s[:, 4]):
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 4 * 2.0 ** -24 * e.abs().max() + n
+
+
 def test_measure(tier):
     grads = [*tensors()[1], torch.randn(20000) * 1e-3 + 100.0, torch.zeros(3)]      # a mean far above the spread
     got, exact = op.measure(grads), op.measure_torch(grads)
