@@ -52,7 +52,7 @@ def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coeffic
     difference = mapped - tl.load(select(local, targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
     sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
     tl.store(select(local, signs, COUNT) + at, sign, mask=mask)
-    distance = tl.sum(tl.sum(tl.where(mask, tl.abs(difference), 0.0), axis=1), axis=0)
+    distance = tl.sum(tl.where(mask, tl.abs(difference), 0.0))
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(losses + program, coefficient * distance)
 
