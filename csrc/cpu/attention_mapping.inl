@@ -36,8 +36,7 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
       const S* target = (const S*)t[M + j] + first * D;
       const S* bias = (const S*)t[3 * M + j];
       int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
-      for (int i = 0; i < kRows; ++i)
-        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(x + i * D + d, n) : Vector<T>{}; });
+      pack_left_rows(tile_left, x, D, height);
       Vector<T> total = {};
       multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
@@ -73,18 +72,18 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
     work += 2 * rows * D * D;
   }
   const int threads = useful_threads(args->threads, work);
-  const int64_t row_size = round_up(widest + 1, kColumns<T>);
-  Scratch<E> right(packed), chunk(chunks), left(left_size<E>(widest > kChunk ? widest : kChunk), threads);
-  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads);
+  const int64_t size = left_size<E>(widest);
+  Scratch<E> right(packed), chunk(chunks), left(size > kStrips ? size : kStrips, threads);
+  Scratch<T> total(rows > kChunk ? totals : 0);
   Scratch<E*> phi(M);
   Scratch<WeightGradient<S, int8_t>> gradients(M);
-  if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !row.ok() || !phi.ok() || !gradients.ok()) return 1;
+  if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !phi.ok() || !gradients.ok()) return 1;
   const T gradient = *(const T*)args->loss;
   int64_t at = 0, chunk_at = 0, total_at = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     phi.data[j] = right.data + at;
-    gradients.data[j] = {(const int8_t*)t[M + j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
+    gradients.data[j] = {(const int8_t*)t[M + j], (const S*)t[j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
                          T(args->coefficient[j] * gradient), chunk.data + chunk_at, total.data + total_at};
     at += right_size<E>(D, D);
     chunk_at += right_size<E>(kChunk, D + 1);
@@ -94,13 +93,12 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
 #pragma omp parallel num_threads(threads)
   {
     E* tile_left = left.of(omp_get_thread_num());
-    T* rows_scratch = row.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
-      for (int64_t k = first; k < smaller(first + kBlock, D); k += per)
-        pack_straight(phi.data[j], (const S*)t[2 * M + j], D, D, k, rows_scratch, rows_scratch + row_size);
+      const S* weight = (const S*)t[2 * M + j];
+      for (int64_t k = first; k < smaller(first + kBlock, D); k += per) pack_weight_rows(phi.data[j], weight, D, D, k);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
@@ -122,12 +120,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
             store(grad_x + i * D + column + v, factor * load(c + i * kColumns<T> + v), columns - v);
       });
     }
-    weight_gradients(gradients.data, int(M), rows, tile_left, rows_scratch, row_size,
-                     [&](int p, int64_t n, T* out) {
-                       const int64_t D = args->widths[p];
-                       const S* x = (const S*)t[p] + n * D;
-                       for (int64_t d = 0; d < D; d += lanes) store(out + d, load(x + d, D - d));
-                     });
+    weight_gradients(gradients.data, int(M), rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
   }
   return 0;
 }

@@ -15,8 +15,8 @@ template <> struct OperandOf<bf16> { typedef bf16 type; };
 #endif
 template <class S> using Operand = typename OperandOf<S>::type;
 
-template <class E> struct Step { typedef E type; static constexpr int elements = 1; };
-template <> struct Step<bf16> { typedef uint32_t type; static constexpr int elements = 2; };
+template <class E> struct Step { typedef E type; static constexpr int elements = 1; static constexpr E one = 1; };
+template <> struct Step<bf16> { typedef uint32_t type; static constexpr int elements = 2; static constexpr type one = 0x3f803f80; };
 
 constexpr int kRows = kBytes == 64 ? 12 : 6;                                          // 24 of 32, or 12 of 16, registers accumulate
 template <class T> constexpr int kColumns = 2 * Lanes<T>::count;
@@ -89,81 +89,96 @@ template <class E, class F> INLINE void pack_left(E* left, int i, int64_t k, F l
     store(left + (d / strip * kRows + i) * strip + d % strip, load_at(d, smaller(lanes, k - d)));
 }
 
-// Rows first, first + 1, .. (one step) of the right operand from rows of n numbers that are zero up to a multiple of kColumns.
-template <class T> INLINE void pack_right(T* right, int64_t first, int64_t k, int64_t n, const T* row, const T*) {
-  for (int64_t column = 0; column < n; column += kColumns<T>)
-    for (int v = 0; v < kColumns<T>; v += Lanes<T>::count)
-      store(right + column * k + first * kColumns<T> + v, load(row + column + v));
+// kRows rows of the left operand from rows of k numbers as they stand; those past `height` are zero.
+template <class E, class S> INLINE void pack_left_rows(E* left, const S* rows, int64_t k, int64_t height) {
+  for (int i = 0; i < kRows; ++i)
+    pack_left(left, i, k, [&](int64_t d, int64_t n) { return i < height ? load(rows + i * k + d, n) : Vector<Compute<S>>{}; });
 }
+
+template <class T, class L> INLINE Vector<T> load_as(const L* p, int64_t n) { return load(p, n); }
+template <class T> INLINE Vector<T> load_as(const int8_t* p, int64_t n) { return load_signs<T>(p, n); }
+
+// A step of the columns at p, of which n exist; bf16 takes two rows, and zeros where `next` is null.
+template <class T, class L> INLINE Vector<T> row_step(T*, const L* row, const L*, int64_t n) { return load_as<T>(row, n); }
+// The steps from p on of a row of which n numbers are left.
+template <class T, class S> INLINE Vector<T> steps_at(T*, const S* p, int64_t n) { return load(p, n); }
 #if defined(__AVX512BF16__)
-INLINE void pack_right(bf16* right, int64_t first, int64_t k, int64_t n, const float* row, const float* next) {
-  auto out = (uint32_t*)right;
-  for (int64_t column = 0; column < n; column += kColumns<float>)
-    for (int v = 0; v < kColumns<float>; v += Lanes<float>::count) {
-      auto low = __builtin_convertvector(narrow(load(row + column + v), (const bf16*)0), Vector<uint32_t>);
-      auto high = __builtin_convertvector(narrow(load(next + column + v), (const bf16*)0), Vector<uint32_t>);
-      auto pair = low | (high << 16);
-      __builtin_memcpy(out + column * steps<bf16>(k) + first / 2 * kColumns<float> + v, &pair, kBytes);
+INLINE void pack_left_rows(bf16* left, const bf16* rows, int64_t k, int64_t height) {
+  constexpr int64_t strip = 32;
+  for (int i = 0; i < kRows; ++i)
+    for (int64_t d = 0; d < k; d += strip) {
+      const int64_t n = i < height ? smaller(strip, k - d) : 0;
+      _mm512_storeu_si512(left + d * kRows + i * strip, _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, rows + i * k + d));
     }
 }
+
+// Operands of bf16 in the lower halves of the lanes. The conversion takes subnormals for 0, as the dot product does.
+INLINE Vector<uint32_t> bf16_lanes(const bf16* p, int64_t n) {
+  return (Vector<uint32_t>)_mm512_cvtepu16_epi32((__m256i)masked(p, n < 16 ? (1u << n) - 1 : ~0u));
+}
+template <class L> INLINE Vector<uint32_t> bf16_lanes(const L* p, int64_t n) {
+  return (Vector<uint32_t>)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load_as<float>(p, n)));
+}
+template <class L> INLINE Vector<uint32_t> row_step(uint32_t*, const L* row, const L* next, int64_t n) {
+  auto pair = bf16_lanes(row, n);
+  return next ? pair | bf16_lanes(next, n) << 16 : pair;
+}
+INLINE Vector<uint32_t> steps_at(uint32_t*, const bf16* p, int64_t n) {
+  return (Vector<uint32_t>)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p);
+}
 #endif
 
-template <class T> INLINE T to_compute(T value) { return value; }
-INLINE float to_compute(bf16 value) { union { uint32_t u; float f; } bits = {uint32_t(value.bits) << 16}; return bits.f; }
-INLINE float to_compute(half value) { return half_to_float(value); }
+// Step number r / elements of the right operand from row r of n numbers (and, for bf16, the next one) as they stand. With `one`, a column
+// of ones follows them.
+template <class E, class R> INLINE void pack_right(E* right, int64_t r, int64_t k, int64_t n, const R* row, const R* next, bool one) {
+  using U = typename Step<E>::type;
+  constexpr int lanes = Lanes<U>::count;
+  constexpr int64_t columns = kColumns<Compute<E>>;
+  const int64_t count = steps<E>(k);
+  U* out = (U*)right + r / Step<E>::elements * columns;
+  for (int64_t d = 0; d < n + one; d += lanes) {
+    auto step = row_step((U*)0, row + d, next ? next + d : nullptr, n - d);
+    if (one && n - d < lanes) step[n - d] = Step<E>::one;
+    __builtin_memcpy(out + d / columns * columns * count + d % columns, &step, kBytes);
+  }
+}
 
-template <class E, class S> INLINE E convert(S value) { return to_compute(value); }
-#if defined(__AVX512BF16__)
-template <> inline __attribute__((always_inline)) bf16 convert<bf16, bf16>(bf16 value) { return value; }
-#endif
+// The same from row r of a weight [k, n].
+template <class E, class S> INLINE void pack_weight_rows(E* right, const S* weight, int64_t k, int64_t n, int64_t r) {
+  pack_right(right, r, k, n, weight + r * n, r + 1 < k ? weight + (r + 1) * n : nullptr, false);
+}
 
 // The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose.
 template <class E, class S> static void pack_transposed(E* right, const S* weight, int64_t k, int64_t n, int64_t column) {
-  constexpr int per = Step<E>::elements, columns = kColumns<Compute<E>>;
-  const int64_t padded = steps<E>(k) * per;
-  E* panel = right + column * padded;
-  for (int c = 0; c < columns; ++c)
-    for (int64_t d = 0; d < padded; ++d)
-      panel[(d / per * columns + c) * per + d % per] =
-          column + c < n && d < k ? convert<E>(weight[(column + c) * k + d]) : E{};
-}
-
-// One step of the right operand from a weight [k, n] as it stands; row0, row1: scratch of round_up(n, kColumns), zeros at the end.
-template <class E, class S>
-INLINE void pack_straight(E* right, const S* weight, int64_t k, int64_t n, int64_t first, Compute<S>* row0, Compute<S>* row1) {
-  constexpr int lanes = Lanes<Compute<S>>::count;
-  for (int64_t d = 0; d < n; d += lanes) store(row0 + d, load(weight + first * n + d, n - d));
-  if (Step<E>::elements == 2)
-    for (int64_t d = 0; d < n; d += lanes) store(row1 + d, first + 1 < k ? load(weight + (first + 1) * n + d, n - d) : Vector<Compute<S>>{});
-  pack_right(right, first, k, n, row0, row1);
+  using U = typename Step<E>::type;
+  constexpr int lanes = Lanes<U>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements;
+  const int64_t count = steps<E>(k);
+  U* panel = (U*)right + column * count;
+  for (int64_t c = 0; c < smaller(columns, n - column); c += lanes)
+    for (int64_t step = 0; step < count; step += lanes) {
+      Vector<U> square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+        square[i] = column + c + i < n ? steps_at((U*)0, weight + (column + c + i) * k + step * per, k - step * per) : Vector<U>{};
+      transpose_square<U>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+        if (step + i < count) __builtin_memcpy(panel + (step + i) * columns + c, &square[i], kBytes);
+    }
 }
 
 // ---- gradients of weights and biases ------------------------------------------------------------------------------------------
 
-template <class E> INLINE Vector<Compute<E>> load_operand(const E* p, int64_t n) { return load(p, n); }
-template <class E> INLINE Vector<Compute<E>> load_operand(const int8_t* p, int64_t n) { return load_signs<Compute<E>>(p, n); }
-
-// One step of the left operand from kRows columns of the rows `row` and, for bf16, `next`; `height` of them exist. Whole vectors are
-// stored, so the last step writes past its end, by less than a vector.
-template <class T, class L> INLINE void pack_columns(T* left, const L* row, const L*, int64_t height) {
-  for (int i = 0; i < kRows; i += Lanes<T>::count) store(left + i, load_operand<T>(row + i, i < height ? height - i : 0));
-}
-#if defined(__AVX512BF16__)
-template <class L> INLINE void pack_columns(bf16* left, const L* row, const L* next, int64_t height) {
-  auto widened = [](Vector<float> v) { return __builtin_convertvector(narrow(v, (const bf16*)0), Vector<uint32_t>); };
-  auto pair = widened(load_operand<bf16>(row, height));
-  if (next) pair |= widened(load_operand<bf16>(next, height)) << 16;
-  __builtin_memcpy(left, &pair, kBytes);
-}
-#endif
-
 constexpr int64_t kChunk = 512;   // rows of the batch per pass
 constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every step
+
+constexpr int kGroup = 48 / kRows; // strips of kRows columns that one job packs side by side: a row's share is a cache line or a few
 
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
 template <class S, class L> struct WeightGradient {
   const L* left;
+  const S* rows;           // the right operand [rows, n], or null where make_row makes it
   int64_t m, n;
   S *weight, *bias;
   Compute<S> scale;
@@ -171,17 +186,22 @@ template <class S, class L> struct WeightGradient {
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
 
+// Scratch per thread of weight_gradients. Whole vectors are stored, so the last step of a strip writes past its end.
+constexpr int64_t kStrip = kRows * kChunk + 64;
+constexpr int64_t kStrips = kGroup * kStrip;
+
 // Called by all threads of a parallel region. The rows are summed in their order, whatever the number of threads: threads divide the
 // rows of the result. make_row(p, row, out) writes row `row` of the right operand of gradient p.
-// left_scratch: left_size(kChunk) of E; row_scratch: two rows of round_up(n + 1, kColumns).
+// strips: kStrips of E; row_scratch: two rows of n numbers, and a vector.
 template <class S, class L, class F>
-static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t rows, Operand<S>* left_scratch,
-                             Compute<S>* row_scratch, int64_t row_size, F make_row) {
+static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t rows, Operand<S>* strips, Compute<S>* row_scratch,
+                             int64_t row_size, F make_row) {
   using E = Operand<S>;
   using T = Compute<S>;
-  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
-  int64_t tiles = 0;
-  for (int p = 0; p < count; ++p) tiles += (gradients[p].m + kRows - 1) / kRows;
+  using U = typename Step<E>::type;
+  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count, group = kGroup * kRows;
+  int64_t groups = 0;
+  for (int p = 0; p < count; ++p) groups += (gradients[p].m + group - 1) / group;
 
   for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
     const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
@@ -189,48 +209,59 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
     for (int64_t job = 0; job < count * blocks; ++job) {
       const int p = int(job / blocks);
       auto& g = gradients[p];
-      const int64_t first = job % blocks * kBlock;
-      for (int64_t r = first; r < smaller(first + kBlock, k); r += per) {
-        for (int e = 0; e < per; ++e) {
-          T* row = row_scratch + e * row_size;
-          if (r + e < k) make_row(p, start + r + e, row);
-          for (int64_t d = r + e < k ? g.n : 0; d < round_up(g.n + 1, lanes); ++d) row[d] = d == g.n && r + e < k;
+      for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
+        const bool both = per == 2 && r + 1 < k;
+        if (g.rows) {
+          const S* row = g.rows + (start + r) * g.n;
+          pack_right(g.right, r, k, g.n, row, both ? row + g.n : nullptr, true);
+        } else {
+          make_row(p, start + r, row_scratch);
+          if (both) make_row(p, start + r + 1, row_scratch + row_size);
+          pack_right(g.right, r, k, g.n, (const T*)row_scratch, both ? (const T*)row_scratch + row_size : nullptr, true);
         }
-        pack_right(g.right, r, k, g.n + 1, row_scratch, row_scratch + row_size);
       }
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < tiles; ++job) {
+    for (int64_t job = 0; job < groups; ++job) {
       int p = 0;
-      int64_t tile = job;
-      for (int64_t own; tile >= (own = (gradients[p].m + kRows - 1) / kRows); ++p) tile -= own;
+      int64_t place = job;
+      for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
       auto& g = gradients[p];
-      const int64_t d = tile * kRows, height = smaller(kRows, g.m - d), stride = round_up(g.n + 1, kColumns<T>);
+      const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
+      const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
       for (int64_t r = 0; r < k; r += per) {
-        const L* row = g.left + (start + r) * g.m + d;
-        pack_columns(left_scratch + r * kRows, row, r + 1 < k ? row + g.m : nullptr, height);
-      }
-      multiply<Columns>(left_scratch, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
-        const bool last = start + k == rows;
-        for (int i = 0; i < height; ++i)
-          for (int64_t v = 0; v < columns; v += lanes) {
-            T* total = g.total + (d + i) * stride + column + v;
-            auto value = load(c + i * kColumns<T> + v);
-            if (start > 0) value += load(total);
-            if (!last) {
-              store(total, value);
-              continue;
-            }
-            value *= g.scale;
-            const int64_t left_of_bias = g.n - column - v;
-            store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
-            if (left_of_bias < lanes) {
-              T part[lanes];
-              store(part, value);
-              store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
-            }
+        const L* row = g.left + (start + r) * g.m + first;
+        const L* next = r + 1 < k ? row + g.m : nullptr;
+        for (int s = 0; s < used; ++s)
+          for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
+            auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
+            __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
           }
-      });
+      }
+      for (int s = 0; s < used; ++s) {
+        const int64_t d = first + s * kRows, height = smaller(kRows, g.m - d);
+        multiply<Columns>(strips + s * kStrip, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
+          const bool last = start + k == rows;
+          for (int i = 0; i < height; ++i)
+            for (int64_t v = 0; v < columns; v += lanes) {
+              T* total = g.total + (d + i) * stride + column + v;
+              auto value = load(c + i * kColumns<T> + v);
+              if (start > 0) value += load(total);
+              if (!last) {
+                store(total, value);
+                continue;
+              }
+              value *= g.scale;
+              const int64_t left_of_bias = g.n - column - v;
+              store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
+              if (left_of_bias < lanes) {
+                T part[lanes];
+                store(part, value);
+                store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
+              }
+            }
+        });
+      }
     }
   }
 }

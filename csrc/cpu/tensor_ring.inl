@@ -42,9 +42,14 @@ template <class S> struct Ring {
   // out = scale sum_i factor[i] matrix[i, :]
   void combine(const T* factor, const T* matrix, T scale, T* out) const {
     for (int64_t d = 0; d < padded; d += lanes) {
-      Vector<T> total = {};
-      for (int64_t i = 0; i < R; ++i) total += factor[i] * load(matrix + i * padded + d);
-      store(out + d, scale * total);
+      Vector<T> even = {}, odd = {};
+      int64_t i = 0;
+      for (; i + 1 < R; i += 2) {
+        even += factor[i] * load(matrix + i * padded + d);
+        odd += factor[i + 1] * load(matrix + (i + 1) * padded + d);
+      }
+      if (i < R) even += factor[i] * load(matrix + i * padded + d);
+      store(out + d, scale * (even + odd));
     }
   }
 
@@ -57,6 +62,19 @@ template <class S> struct Ring {
   // out = scale sum over the dialogue's rows of a b^T; pair(n, a, b) gives the two vectors of row n.
   template <class F> void outer_sum(int64_t b, T scale, T* out, F pair) const {
     alignas(64) T first[kMaxRank], second[kMaxRank];
+    if (padded == lanes) {                          // all of it in registers; the factors are zero past the rank
+      Vector<T> total[lanes] = {};
+      for (int64_t n = args->offsets[b]; n < args->offsets[b + 1]; ++n) {
+        pair(n, first, second);
+        const auto v = load(second);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) total[i] += first[i] * v;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+        if (i < R) store(out + i * lanes, scale * total[i]);
+      return;
+    }
     for (int64_t i = 0; i < R * padded; ++i) out[i] = 0;
     for (int64_t n = args->offsets[b]; n < args->offsets[b + 1]; ++n) {
       pair(n, first, second);
@@ -65,6 +83,25 @@ template <class S> struct Ring {
           store(out + i * padded + d, load(out + i * padded + d) + first[i] * load(second + d));
     }
     for (int64_t i = 0; i < R * padded; i += lanes) store(out + i, scale * load(out + i));
+  }
+
+  // g_u = S w and g_w = S^T u for a matrix S of R rows without padding. `vectors` in a row at most.
+  template <int vectors> void contract_core(const T* S_rows, const T* u, const T* w, T* g_u, T* g_w) const {
+    Vector<T> total[vectors] = {};
+    for (int64_t first = 0; first < R; first += lanes) {
+      Vector<T> part[lanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (first + i >= R) continue;
+        for (int v = 0; v < vectors && v * lanes < R; ++v) {
+          auto s = load(S_rows + (first + i) * R + v * lanes, R - v * lanes);
+          total[v] += u[first + i] * s;
+          part[i] += s * load(w + v * lanes);
+        }
+      }
+      store(g_u + first, row_sums<T>(part));
+    }
+    for (int v = 0; v < vectors && v * lanes < R; ++v) store(g_w + v * lanes, total[v]);
   }
 
   // out = a b, all R x R; a with rows of `stride`.
@@ -148,8 +185,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       const S* x = (const S*)t[j] + first * D;
       const S* bias = (const S*)t[2 * M + j];
       T* out = (T*)t[7 * M + j] + first * 4 * R;
-      for (int i = 0; i < kRows; ++i)
-        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(x + i * D + d, n) : Vector<T>{}; });
+      pack_left_rows(tile_left, x, D, height);
       multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes)
@@ -235,8 +271,8 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     work += 2 * rows * D * (4 * R + R * R);
   }
   const int threads = useful_threads(args->threads, work);
-  const int64_t row_size = round_up(widest + 1, kColumns<T>) + padded, sums_size = R * R + kColumns<T> + padded;
-  Scratch<E> right(packed), chunk(chunks), left(left_size<E>(widest > kChunk ? widest : kChunk), threads);
+  const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
+  Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips ? left_most : kStrips, threads);
   Scratch<E> gradient(rows * columns_of_all);                  // g_att [N, D], then that of the projections [N, 4R], per modality
   Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kRows * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
@@ -254,14 +290,14 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     right_at += right_size<E>(D, R * R);
     projection.data[j] = right_at;
     right_at += right_size<E>(4 * R, D);
-    auto add = [&](int64_t index, int64_t m, int64_t n, void* weight, void* bias) {
-      gradients.data[index] = {gradient_at, m, n, (S*)weight, (S*)bias, T(1), chunk_at, total_at};
+    auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias) {
+      gradients.data[index] = {gradient_at, (const S*)rows_of, m, n, (S*)weight, (S*)bias, T(1), chunk_at, total_at};
       gradient_at += rows * m;
       chunk_at += right_size<E>(kChunk, n + 1);
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
     };
-    add(j, D, R * R, t[11 * M + j], t[12 * M + j]);
-    add(M + j, 4 * R, D, t[9 * M + j], t[10 * M + j]);
+    add(j, nullptr, D, R * R, t[11 * M + j], t[12 * M + j]);
+    add(M + j, t[j], 4 * R, D, t[9 * M + j], t[10 * M + j]);
   }
   const T beta = T(args->beta), scale = T(args->scale), kept = T(1.0 / (1.0 - args->dropout));
   const uint32_t threshold = dropout_threshold(args->dropout);
@@ -279,8 +315,8 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
       for (int64_t k = first; k < first + kBlock; k += per) {
-        if (k < D) pack_straight(map.data[j], (const S*)t[2 * M + j], D, R * R, k, rows_scratch, rows_scratch + row_size);
-        if (k < 4 * R) pack_straight(projection.data[j], (const S*)t[M + j], 4 * R, D, k, rows_scratch, rows_scratch + row_size);
+        if (k < D) pack_weight_rows(map.data[j], (const S*)t[2 * M + j], D, R * R, k);
+        if (k < 4 * R) pack_weight_rows(projection.data[j], (const S*)t[M + j], 4 * R, D, k);
       }
     }
     if (M > 1) {
@@ -298,10 +334,11 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
       const S* grad_target = t[7 * M + j] ? (const S*)t[7 * M + j] + first * D : nullptr;
       S* grad_x = (S*)t[8 * M + j] + first * D;
       E* g_att = (E*)gradients.data[j].left + first * D;
-      for (int i = 0; i < height; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         uint32_t words[kWords];
-        for (int64_t d = 0; d < D; d += lanes) {
-          const int64_t n = D - d, at = i * D + d;
+        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
+          if (i >= height) return Vector<T>{};
+          const int64_t at = i * D + d;
           if (args->dropout > 0 && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
           auto g = load(grad_out + at, n);
           auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
@@ -311,10 +348,9 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
           if (!args->gated_target) att += target;
           store(grad_x + at, g * (load(attention + at, n) + beta), n);
           store(g_att + at, att, n);
-        }
+          return att;
+        });
       }
-      for (int i = 0; i < kRows; ++i)
-        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load(g_att + i * D + d, n) : Vector<T>{}; });
       multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t) {
         for (int i = 0; i < height; ++i)
           for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
@@ -325,18 +361,8 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
         while (args->offsets[b + 1] <= first + i) ++b;
         ring.factors(proj(j, first + i), u, v);
         ring.rotate(j, b, v, w);
-        T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
-        for (int64_t k = 0; k < padded; ++k) gu[k] = 0;
-        for (int64_t d = 0; d < padded; d += lanes) {
-          auto w_d = load(w + d);
-          Vector<T> total = {};
-          for (int64_t k = 0; k < R; ++k) {
-            auto s = load(S_rows + i * sums_size + k * R + d, R - d);
-            total += u[k] * s;
-            gu[k] += sum<T>(s * w_d);
-          }
-          store(gw + d, total);
-        }
+        if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, row_of(g_u, j, first + i), row_of(g_w, j, first + i));
+        else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, row_of(g_u, j, first + i), row_of(g_w, j, first + i));
       }
     }
 
@@ -417,8 +443,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
           store(g + 3 * R + d, load(gv + d) * load(q + R + d, n), n);
         }
       }
-      for (int i = 0; i < kRows; ++i)
-        pack_left(tile_left, i, 4 * R, [&](int64_t d, int64_t n) { return i < height ? load(g_proj + i * 4 * R + d, n) : Vector<T>{}; });
+      pack_left_rows(tile_left, (const E*)g_proj, 4 * R, height);
       multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes) {
@@ -428,18 +453,12 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
       });
     }
 
-    weight_gradients(gradients.data, int(2 * M), rows, tile_left, rows_scratch, row_size, [&](int p, int64_t n, T* out) {
-      if (p < M) {
-        alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
-        ring.factors(proj(p, n), u, v);
-        ring.rotate(p, ring.dialogue(n), v, w);
-        for (int64_t k = 0; k < R; ++k)
-          for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
-      } else {
-        const int64_t j = p - M, D = args->widths[j];
-        const S* x = (const S*)t[j] + n * D;
-        for (int64_t d = 0; d < D; d += lanes) store(out + d, load(x + d, D - d));
-      }
+    weight_gradients(gradients.data, int(2 * M), rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
+      alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
+      ring.factors(proj(j, n), u, v);
+      ring.rotate(j, ring.dialogue(n), v, w);
+      for (int64_t k = 0; k < R; ++k)
+        for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
     });
   }
   return 0;

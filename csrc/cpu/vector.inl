@@ -181,6 +181,59 @@ template <class T> INLINE void store_signs(int8_t* p, Vector<T> value, int64_t n
 
 template <class T> INLINE Vector<T> absolute(Vector<T> value) { return value < 0 ? -value : value; }
 
+// ---- between the lanes --------------------------------------------------------------------------------------------------------
+
+template <int bytes> struct LaneNumber { typedef int32_t type; };
+template <> struct LaneNumber<8> { typedef int64_t type; };
+template <class I, int lanes> struct ZipOrder {
+  I at[lanes];
+  constexpr explicit ZipOrder(int first) : at() {
+    for (int i = 0; i < lanes; ++i) at[i] = first + i / 2 + i % 2 * lanes;
+  }
+};
+
+// The lower halves of a and b (half = 0) or the upper ones (1), lane by lane in turn.
+template <int half, class T> INLINE Vector<T> zip(Vector<T> a, Vector<T> b) {
+  constexpr int lanes = Lanes<T>::count;
+  typedef typename LaneNumber<sizeof(T)>::type I;
+  static constexpr ZipOrder<I, lanes> order(half * lanes / 2);
+#if defined(__clang__)
+  Vector<T> result;
+  for (int i = 0; i < lanes; ++i) result[i] = i % 2 ? b[order.at[i] - lanes] : a[order.at[i]];
+  return result;
+#else
+  Vector<I> index;
+  __builtin_memcpy(&index, order.at, sizeof index);
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// A square of vectors becomes its transpose. To zip row i with row i + lanes / 2 moves the leading bit of an element's row number to the
+// end of its lane number, and the leading bit of that to the end of the row number: as often as there are bits, and they have changed places.
+template <class T> INLINE void transpose_square(Vector<T>* rows) {
+  constexpr int lanes = Lanes<T>::count;
+#pragma GCC unroll 4
+  for (int width = lanes; width > 1; width /= 2) {
+    Vector<T> next[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = zip<0, T>(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = zip<1, T>(rows[i], rows[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Lane i is the sum of row i: the transpose above, with what would become rows of their own added up. Overwrites the rows.
+template <class T> INLINE Vector<T> row_sums(Vector<T>* rows) {
+#pragma GCC unroll 4
+  for (int width = Lanes<T>::count / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) rows[i] = zip<0, T>(rows[i], rows[i + width]) + zip<1, T>(rows[i], rows[i + width]);
+  return rows[0];
+}
+
 #if defined(ADA2I_MASKS)
 INLINE float reduce(Vector<float> value) { return _mm512_reduce_add_ps((__m512)value); }
 INLINE double reduce(Vector<double> value) { return _mm512_reduce_add_pd((__m512d)value); }
