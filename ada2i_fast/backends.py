@@ -18,7 +18,8 @@ op without `backend`; `ring` comes flattened. They return flat lists:
 `dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update) are
 called as their op files say.
 
-The target may be the attention itself, where that is what the loss compares with. A module may have `why_not(device, dtype, widths,
+The target may be the attention itself, where that is what the loss compares with. Without `with_target`, the last argument of
+tensor_ring.forward, nobody reads anything but the outputs, and a backend may return them alone. A module may have `why_not(device, dtype, widths,
 rank) -> str | None` for limits of its own.
 
 `auto` takes the first of the table that can serve. `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot

@@ -34,13 +34,17 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
     offsets = offsets.contiguous()
     rank, rows, dialogues, precise = proj_bias[0].numel() // 4, x[0].shape[0], offsets.numel() - 1, accumulator(x[0].dtype)
     out = [torch.empty_like(t) for t in x]
+    common = (x, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
+    given = (x, proj_weight, proj_bias, map_weight, map_bias, out)
+    if not with_target:
+        _call("ada2i_tensor_ring_forward", *common, pointers(*given, [None] * (4 * len(x))))
+        return out
     attention = [torch.empty_like(t) for t in x]
-    gated = [torch.empty_like(t) for t in x] if with_target and gated_target else []
+    gated = [torch.empty_like(t) for t in x] if gated_target else []
     proj = [t.new_empty((rows, 4 * rank), dtype=precise) for t in x]
     mean = [t.new_empty((dialogues, rank, rank), dtype=precise) for t in x]
-    _call("ada2i_tensor_ring_forward", x, offsets, rank, ring, scale, beta, dropout, seed, gated_target,
-          pointers(x, proj_weight, proj_bias, map_weight, map_bias, out, gated or [None] * len(x), proj, mean, attention))
-    return out + (gated or attention if with_target else []) + proj + mean + attention
+    _call("ada2i_tensor_ring_forward", *common, pointers(*given, gated or [None] * len(x), proj, mean, attention))
+    return out + (gated or attention) + proj + mean + attention
 
 
 def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Sequence[Tensor], offsets: Tensor,

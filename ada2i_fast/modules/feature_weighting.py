@@ -20,6 +20,18 @@ class _Linear(nn.Module):
         self.lin = nn.Linear(inputs, outputs)
 
 
+class _Stacked(torch.autograd.Function):
+    """Four tensors after four others, each four stacked: one node of the graph for all, and gradients that are views of the stacks'."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([torch.cat(tensors[i:i + 4]) for i in range(0, len(tensors), 4)])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple([part for grad in grads for part in grad.chunk(4)])
+
+
 class _TensorRing(nn.Module):
     """Parameters of the tensor-ring attention: per modality four projections D -> R and a map R^2 -> D."""
 
@@ -31,8 +43,10 @@ class _TensorRing(nn.Module):
 
     def projections(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights [4R, D] and biases [4R] of q1, q2, k1, k2, stacked, per modality."""
-        maps = [[trans.lin for trans in each] for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2)]
-        return [torch.cat([lin.weight for lin in each]) for each in maps], [torch.cat([lin.bias for lin in each]) for each in maps]
+        maps = [trans.lin for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2) for trans in each]
+        stacked = _Stacked.apply(*[lin.weight for lin in maps], *[lin.bias for lin in maps])
+        count = len(stacked) // 2
+        return list(stacked[:count]), list(stacked[count:])
 
 
 class _AttentionMapping(nn.Module):
@@ -107,7 +121,8 @@ class FeatureWeighting(nn.Module):
             out, target = tensor_ring(
                 x, offsets, weight, bias, [m.lin.weight for m in layer.attention.lin_att],
                 [m.lin.bias for m in layer.attention.lin_att], ring=self.ring, scale=self.scale, beta=self.beta,
-                dropout=dropout, seed=seed, gated_target=self.feature_target == "gated", backend=self.backend)
+                dropout=dropout, seed=seed, gated_target=self.feature_target == "gated", with_target=self.training,
+                backend=self.backend)
             if self.training:
                 feature_loss = feature_loss + attention_mapping(
                     x, target, [fc.weight for fc in layer.wmn.fc], [fc.bias for fc in layer.wmn.fc],

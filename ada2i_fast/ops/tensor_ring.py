@@ -78,18 +78,21 @@ def tensor_ring_torch(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequenc
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
 _ops.define("""tensor_ring_forward(Tensor[] x, Tensor offsets, Tensor[] proj_weight, Tensor[] proj_bias, Tensor[] map_weight,
     Tensor[] map_bias, int[] ring, float scale, float beta, float dropout, Tensor? seed, bool gated_target,
-    str backend) -> Tensor[]""")
+    bool with_target, str backend) -> Tensor[]""")
 _ops.define("""tensor_ring_backward(Tensor[] grad_out, Tensor[] grad_target, Tensor[] x, Tensor offsets, Tensor[] proj_weight,
     Tensor[] proj_bias, Tensor[] map_weight, Tensor[] map_bias, Tensor[] saved, int[] ring, float scale, float beta,
     float dropout, Tensor? seed, bool gated_target, str backend) -> Tensor[]""")
 
 
-def _forward(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, backend):
-    """M out; with gated_target M targets; then what backward needs: M projections, M means, M attentions (the targets, without
-    gated_target)."""
+def _forward(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, with_target,
+             backend):
+    """M out. With with_target, M targets if gated_target, then what backward needs: M projections, M means, M attentions (the targets,
+    without gated_target)."""
     m = len(x)
     result = backends.module("tensor_ring", backend).forward(
-        x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, True)
+        x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, with_target)
+    if not with_target:
+        return result[:m]
     return result if gated_target else result[:m] + result[2 * m:]   # an op must not return a tensor twice
 
 
@@ -106,13 +109,15 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("ada2i_fast::tensor_ring_forward")
-def _(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, backend):
+def _(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, with_target, backend):
     rows, dialogues, rank4 = x[0].shape[0], offsets.shape[0] - 1, proj_bias[0].shape[0]
     precise = torch.float64 if x[0].dtype == torch.float64 else torch.float32
 
     def like_x():
         return [t.new_empty(t.shape) for t in x]
 
+    if not with_target:
+        return like_x()
     proj = [t.new_empty((rows, rank4), dtype=t.dtype if backend == "cuda" else precise) for t in x]
     mean = [t.new_empty((dialogues, rank4 // 4, rank4 // 4), dtype=precise) for t in x]
     return like_x() + (like_x() if gated_target else []) + proj + mean + like_x()
@@ -135,7 +140,7 @@ class _TensorRing(torch.autograd.Function):
         m = len(tensors) // 5
         result = torch.ops.ada2i_fast.tensor_ring_forward(
             tensors[:m], offsets, tensors[m:2 * m], tensors[2 * m:3 * m], tensors[3 * m:4 * m], tensors[4 * m:], ring, scale, beta,
-            dropout, seed, gated_target, backend)
+            dropout, seed, gated_target, True, backend)
         ctx.set_materialize_grads(False)
         ctx.settings = (ring, scale, beta, dropout, gated_target, backend)
         ctx.save_for_backward(seed, offsets, *tensors, *result[-3 * m:])
@@ -176,7 +181,7 @@ def _rows(ring: Sequence[int], m: int) -> list[list[int]]:
 def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
                 map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], *, ring: Sequence[Sequence[int]], scale: float = 1.0,
                 beta: float = 0.0, dropout: float = 0.0, seed: Tensor | None = None, gated_target: bool = False,
-                backend: str = "auto") -> tuple[list[Tensor], list[Tensor]]:
+                with_target: bool = True, backend: str = "auto") -> tuple[list[Tensor], list[Tensor]]:
     """Tensor-ring attention, gate and dropout of one AFW layer for M modalities.
 
     x: M tensors [N, D_j].  offsets: int64 [B + 1], dialogue b owns rows offsets[b]:offsets[b + 1].
@@ -185,6 +190,7 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
     ring[j]: the other modalities in the order of contraction.  scale: s.  beta: gate.
     dropout: probability; seed: int64 [1] on x's device, the counter-based mask of `ada2i_fast.ops.dropout`, stream j.
     gated_target: the second result is the gated output before dropout, else the attention.
+    with_target: without, the second result is empty, and where no gradient is wanted nothing but the first is written.
 
     backend: "auto" | "torch" | "cpu" | "triton" | "cuda", see `ada2i_fast.backends`.
 
@@ -203,15 +209,16 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
         seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     if backend == "torch":
         with torch.autocast(x[0].device.type, enabled=False):
-            return tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed,
-                                     gated_target)
+            out, target = tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed,
+                                            gated_target)
+            return out, target if with_target else []
     if dropout == 0.0:
         seed = None
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias]
     flat = [l for others in ring for l in others]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         result = _TensorRing.apply(flat, scale, beta, dropout, gated_target, backend, seed, offsets, *tensors)
-        return list(result[:m]), list(result[m:])
+        return list(result[:m]), list(result[m:]) if with_target else []
     result = torch.ops.ada2i_fast.tensor_ring_forward(
-        x, offsets, proj_weight, proj_bias, map_weight, map_bias, flat, scale, beta, dropout, seed, gated_target, backend)
-    return list(result[:m]), list(result[m:2 * m] if gated_target else result[-m:])
+        x, offsets, proj_weight, proj_bias, map_weight, map_bias, flat, scale, beta, dropout, seed, gated_target, with_target, backend)
+    return result[:m], (result[m:2 * m] if gated_target else result[-m:]) if with_target else []

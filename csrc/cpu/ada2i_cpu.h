@@ -13,7 +13,7 @@ struct TensorRing {
   const int64_t* seed;      // [1], or null without dropout
   // Lists of M arrays, one after the other; contiguous, of the storage type; proj [N, 4R] and A [B, R, R]
   // float, or double for ADA2I_FLOAT64.
-  //   forward   x proj_weight proj_bias map_weight map_bias | out target(null: none) proj A attention
+  //   forward   x proj_weight proj_bias map_weight map_bias | out target(null: none) proj A attention (null, all three: none)
   //   backward  x proj_weight map_weight proj A attention grad_out grad_target(null: 0)
   //             | grad_x grad_proj_weight grad_proj_bias grad_map_weight grad_map_bias
   void* const* tensors;

@@ -120,7 +120,7 @@ template <class S> struct Ring {
   }
 
   // C_j[b] = A_l A_o .. from the saved means [B, R, R].
-  void contract(int64_t j, int64_t b, void* const* means) const {
+  template <class P> void contract(int64_t j, int64_t b, P const* means) const {
     alignas(64) T next[kMaxRank * kMaxRank], product_[kMaxRank * kMaxRank];
     const int64_t* order = args->ring + j * (M - 1);
     T* out = C(j, b);
@@ -141,6 +141,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   Ring<S> ring(args);
   const int64_t M = ring.M, R = ring.R, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
   void* const* t = args->tensors;
+  const bool saving = t[7 * M] != nullptr;
   int64_t widest = 0, packed = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
@@ -150,15 +151,18 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   }
   const int threads = useful_threads(args->threads, work);
   Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
-  Scratch<T> outer(R * R + ring.padded, threads);
+  Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
   Scratch<E*> projection(M), map(M);
-  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !projection.ok() || !map.ok()) return 1;
+  Scratch<T*> saved(2 * M);                                    // projections and means
+  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok()) return 1;
   E* next = right.data;
   for (int64_t j = 0; j < M; ++j) {
     projection.data[j] = next;
     next += right_size<E>(args->widths[j], 4 * R);
     map.data[j] = next;
     next += right_size<E>(R * R, args->widths[j]);
+    saved.data[j] = saving ? (T*)t[7 * M + j] : spare.data + j * rows * 4 * R;
+    saved.data[M + j] = saving ? (T*)t[8 * M + j] : spare.data + M * rows * 4 * R + j * B * R * R;
   }
   const int64_t projection_panels = (4 * R + kColumns<T> - 1) / kColumns<T>;
   const int64_t panels = projection_panels + (widest + kColumns<T> - 1) / kColumns<T>;
@@ -184,7 +188,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
       const S* bias = (const S*)t[2 * M + j];
-      T* out = (T*)t[7 * M + j] + first * 4 * R;
+      T* out = saved.data[j] + first * 4 * R;
       pack_left_rows(tile_left, x, D, height);
       multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
@@ -200,14 +204,14 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       alignas(64) T mean[kMaxRank * kMaxRank];
       const int64_t n_b = ring.length(b);
       ring.outer_sum(b, n_b > 0 ? T(args->scale / double(n_b)) : T(0), mean,
-                     [&](int64_t n, T* u, T* v) { ring.factors((const T*)t[7 * M + j] + n * 4 * R, u, v); });
-      T* A = (T*)t[8 * M + j] + b * R * R;
+                     [&](int64_t n, T* u, T* v) { ring.factors(saved.data[j] + n * 4 * R, u, v); });
+      T* A = saved.data[M + j] + b * R * R;
       for (int64_t i = 0; i < R; ++i)
         for (int64_t d = 0; d < R; d += lanes) store(A + i * R + d, load(mean + i * ring.padded + d), R - d);
     }
     if (M > 1) {
 #pragma omp for schedule(dynamic)
-      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + 8 * M);
+      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, saved.data + M);
     }
 
     // the bilinear map, whose left operand u w^T is made here, and the gate
@@ -218,13 +222,13 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       const S* bias = (const S*)t[4 * M + j];
       S* out = (S*)t[5 * M + j] + first * D;
       S* target = t[6 * M + j] ? (S*)t[6 * M + j] + first * D : nullptr;
-      S* attention = (S*)t[9 * M + j] + first * D;
+      S* attention = saving ? (S*)t[9 * M + j] + first * D : nullptr;
       int64_t b = ring.dialogue(first);
       for (int i = 0; i < kRows; ++i) {
         if (i < height) {
           alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
           while (args->offsets[b + 1] <= first + i) ++b;
-          ring.factors((const T*)t[7 * M + j] + (first + i) * 4 * R, u, v);
+          ring.factors(saved.data[j] + (first + i) * 4 * R, u, v);
           ring.rotate(j, b, v, w);
           for (int64_t k = 0; k < R; ++k)
             for (int64_t d = 0; d < ring.padded; d += lanes) store(outer_row + k * R + d, u[k] * load(w + d));
@@ -240,7 +244,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
             auto att = load(c + i * kColumns<T> + v) + load(bias + column + v, n);
             auto x_n = load(x + at, n);
             auto gated = att * x_n + beta * x_n;
-            store(attention + at, att, n);
+            if (attention) store(attention + at, att, n);
             if (target) store(target + at, gated, n);
             if (args->dropout > 0) gated = keep(gated, words + v, threshold, kept);
             store(out + at, gated, n);

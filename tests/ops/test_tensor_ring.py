@@ -271,6 +271,29 @@ def test_first_and_second_derivatives():
         torch.testing.assert_close(gradients(create_graph=True), gradients(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("tier", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_target(monkeypatch, tier, dtype):
+    """The same outputs, and nothing beside them is allocated where no gradient is wanted; the same gradients where one is."""
+    for case in (SMALL, LONG, WIDE):
+        drawn = inputs(case, dtype)
+        expected = call(case, drawn)[0]
+        made = []
+        with monkeypatch.context() as patch:
+            empty_like = torch.empty_like
+            patch.setattr(torch, "empty_like", lambda *args, **kwargs: made.append(1) or empty_like(*args, **kwargs))
+            patch.setattr(torch.Tensor, "new_empty", None)
+            for backend in ("cpu", "torch"):
+                out, target = call(case, drawn, backend, with_target=False)
+                assert target == [] and len(out) == len(case.widths)
+                if backend == "cpu":
+                    assert all(torch.equal(a, b) for a, b in zip(out, expected)) and len(made) == len(out)
+    at = [leaves(drawn) for _ in range(2)]
+    grads = [torch.autograd.grad(call(case, at[i], with_target=not i)[0], [t for n in PARAMETERS for t in at[i][n]], drawn["grad_out"])
+             for i in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_only_some_gradients_wanted():
     """An unused target, an unused output, frozen parameters."""
     drawn = inputs(SMALL)
@@ -296,11 +319,12 @@ def test_opcheck(gated, dtype):
     drawn = inputs(case, dtype)
     flat = [l for others in case.rings for l in others]
     common = (drawn["x"], offsets(case), *(drawn[n] for n in PARAMETERS[1:]))
-    settings_ = (flat, case.scale, case.beta, case.dropout, case.options["seed"], gated, "cpu")
-    torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_forward.default, (*common, *settings_))
-    saved = torch.ops.ada2i_fast.tensor_ring_forward(*common, *settings_)[-3 * len(case.widths):]
+    settings_ = (flat, case.scale, case.beta, case.dropout, case.options["seed"], gated)
+    for with_target in (True, False):
+        torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_forward.default, (*common, *settings_, with_target, "cpu"))
+    saved = torch.ops.ada2i_fast.tensor_ring_forward(*common, *settings_, True, "cpu")[-3 * len(case.widths):]
     for target in (drawn["grad_target"], []):
-        torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_backward.default, (drawn["grad_out"], target, *common, saved, *settings_))
+        torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_backward.default, (drawn["grad_out"], target, *common, saved, *settings_, "cpu"))
 
 
 def test_compiles_whole_and_once():
