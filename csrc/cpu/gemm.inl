@@ -208,7 +208,7 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < count * blocks; ++job) {
       const int p = int(job / blocks);
-      auto& g = gradients[p];
+      const WeightGradient<S, L> g = gradients[p];    // a copy: stores might change the original, for all the compiler knows
       for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
         const bool both = per == 2 && r + 1 < k;
         if (g.rows) {
@@ -226,7 +226,7 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
       int p = 0;
       int64_t place = job;
       for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
-      auto& g = gradients[p];
+      const WeightGradient<S, L> g = gradients[p];
       const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
       const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
       for (int64_t r = 0; r < k; r += per) {

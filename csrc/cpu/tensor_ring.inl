@@ -168,9 +168,10 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   const int64_t panels = projection_panels + (widest + kColumns<T> - 1) / kColumns<T>;
   const T beta = T(args->beta), kept = T(1.0 / (1.0 - args->dropout));
   const uint32_t threshold = dropout_threshold(args->dropout);
-  const uint64_t seed = args->dropout > 0 ? uint64_t(*args->seed) : 0;
+  const bool dropping = args->dropout > 0;
+  const uint64_t seed = dropping ? uint64_t(*args->seed) : 0;
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) firstprivate(M, R, beta, kept, threshold, dropping, seed)   // a copy stays in registers
   {
     E* tile_left = left.of(omp_get_thread_num());
     T* outer_row = outer.of(omp_get_thread_num());
@@ -238,7 +239,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns) {
         uint32_t words[kWords];
         for (int i = 0; i < height; ++i) {
-          if (args->dropout > 0) philox(seed, first + i, uint32_t(j), column, words);
+          if (dropping) philox(seed, first + i, uint32_t(j), column, words);
           for (int64_t v = 0; v < columns; v += lanes) {
             const int64_t n = columns - v, at = i * D + column + v;
             auto att = load(c + i * kColumns<T> + v) + load(bias + column + v, n);
@@ -246,7 +247,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
             auto gated = att * x_n + beta * x_n;
             if (attention) store(attention + at, att, n);
             if (target) store(target + at, gated, n);
-            if (args->dropout > 0) gated = keep(gated, words + v, threshold, kept);
+            if (dropping) gated = keep(gated, words + v, threshold, kept);
             store(out + at, gated, n);
           }
         }
@@ -305,11 +306,12 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
   }
   const T beta = T(args->beta), scale = T(args->scale), kept = T(1.0 / (1.0 - args->dropout));
   const uint32_t threshold = dropout_threshold(args->dropout);
-  const uint64_t seed = args->dropout > 0 ? uint64_t(*args->seed) : 0;
+  const bool dropping = args->dropout > 0, gated_target = args->gated_target;
+  const uint64_t seed = dropping ? uint64_t(*args->seed) : 0;
   auto proj = [&](int64_t j, int64_t n) { return (const T*)t[3 * M + j] + n * 4 * R; };
   auto row_of = [&](const Scratch<T>& all, int64_t j, int64_t n) { return all.data + (j * rows + n) * padded; };
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) firstprivate(M, R, padded, beta, kept, threshold, dropping, gated_target, seed)
   {
     E* tile_left = left.of(omp_get_thread_num());
     T* rows_scratch = row.of(omp_get_thread_num());
@@ -343,13 +345,13 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
         pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
           if (i >= height) return Vector<T>{};
           const int64_t at = i * D + d;
-          if (args->dropout > 0 && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
+          if (dropping && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
           auto g = load(grad_out + at, n);
           auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
-          if (args->dropout > 0) g = keep(g, words + d % kWords, threshold, kept);
-          if (args->gated_target) g += target;
+          if (dropping) g = keep(g, words + d % kWords, threshold, kept);
+          if (gated_target) g += target;
           auto att = g * load(x + at, n);
-          if (!args->gated_target) att += target;
+          if (!gated_target) att += target;
           store(grad_x + at, g * (load(attention + at, n) + beta), n);
           store(g_att + at, att, n);
           return att;
