@@ -74,7 +74,7 @@ MUTANTS = [
            "the last vector of a row runs beyond it"),
     Mutant("cpu", "bound", CPU_RING, "if (args->offsets[middle] <= n) low = middle;", "if (args->offsets[middle] < n) low = middle;",
            "a dialogue's first row belongs to the one before"),
-    Mutant("cpu", "mask", CPU_RING, "if (!args->gated_target) att += target;", "att += target;", "the target's gradient counts twice"),
+    Mutant("cpu", "mask", CPU_RING, "if (!gated_target) att += target;", "att += target;", "the target's gradient counts twice"),
     Mutant("cpu", "sign", "csrc/cpu/balanced_adam.inl", "store(g + d, load(g + d, n) * factor + noise * to_gradient, n);",
            "store(g + d, load(g + d, n) * factor - noise * to_gradient, n);", "the noise of modulation changes sign"),
     Mutant("cpu", "scale", "csrc/cpu/balanced_adam.inl", "auto gradient = load(g + d, n) * factor + noise * to_gradient;",

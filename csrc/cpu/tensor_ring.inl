@@ -154,7 +154,8 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
   Scratch<E*> projection(M), map(M);
   Scratch<T*> saved(2 * M);                                    // projections and means
-  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok()) return 1;
+  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok())
+    return 1;
   E* next = right.data;
   for (int64_t j = 0; j < M; ++j) {
     projection.data[j] = next;
@@ -367,8 +368,9 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
         while (args->offsets[b + 1] <= first + i) ++b;
         ring.factors(proj(j, first + i), u, v);
         ring.rotate(j, b, v, w);
-        if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, row_of(g_u, j, first + i), row_of(g_w, j, first + i));
-        else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, row_of(g_u, j, first + i), row_of(g_w, j, first + i));
+        T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
+        if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, gu, gw);
+        else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
       }
     }
 
@@ -451,6 +453,9 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
       }
       pack_left_rows(tile_left, (const E*)g_proj, 4 * R, height);
       multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
+        // These few products are soon done: what the next ones are added to is fetched now.
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = columns; v < 2 * columns; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(grad_x + i * D + column + v, 1);
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes) {
             S* out = grad_x + i * D + column + v;

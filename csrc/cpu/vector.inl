@@ -209,7 +209,7 @@ template <int half, class T> INLINE Vector<T> zip(Vector<T> a, Vector<T> b) {
 }
 
 // A square of vectors becomes its transpose. To zip row i with row i + lanes / 2 moves the leading bit of an element's row number to the
-// end of its lane number, and the leading bit of that to the end of the row number: as often as there are bits, and they have changed places.
+// end of its lane number, and the leading bit of that to the end of the row number. As often as there are bits, and both have changed places.
 template <class T> INLINE void transpose_square(Vector<T>* rows) {
   constexpr int lanes = Lanes<T>::count;
 #pragma GCC unroll 4
