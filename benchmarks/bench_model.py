@@ -19,8 +19,10 @@ test_model.cases = [
     Case("model", MELD, "training", "float32", compiled=True),
     Case("model", MOSEI, "training", "float32"),
     Case("model", IEMOCAP, "training", "float32", preset="released"),
+    Case("model", MELD, "training", "float32", preset="released"),
     Case("model", IEMOCAP, "training", "bfloat16"),
     Case("model", MELD, "training", "bfloat16"),
     Case("model", IEMOCAP, "evaluation", "float32"),
     Case("model", MELD, "evaluation", "float32"),
+    Case("model", IEMOCAP, "evaluation", "float32", preset="released"),
 ]

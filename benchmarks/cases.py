@@ -90,10 +90,17 @@ def scaling() -> list[Case]:
 def work(case: Case) -> tuple[float, float]:
     """(floating-point operations, bytes) that a perfect implementation of the case has to spend.
 
-    Operations: matrix products of real rows, two per multiply-add; backward costs twice the forward, and nothing is recomputed.
+    Operations: matrix products of real rows, two per multiply-add; backward costs twice the forward, but for the gradient of the
+    model's own inputs, and nothing is recomputed.
     Bytes: inputs, outputs and their gradients once per pass that needs them, parameters once per pass, their gradients
     once; intermediate results count as cached.
     """
+    counted = parts(case).values()
+    return sum(operations for operations, _ in counted), float(sum(touched for _, touched in counted))
+
+
+def parts(case: Case) -> dict[str, tuple[float, float]]:
+    """`work` by part of the case: of a model the parts of `benchmarks.profile`, of an op the op alone."""
     config = case.shape.config(case.preset)
     m, d, r, n = len(config.modalities), config.hidden_dim, config.tensor_rank, case.shape.utterances
     dialogues, training, size = len(case.shape.lengths), case.mode == "training", ITEM_SIZE[case.dtype]
@@ -104,32 +111,41 @@ def work(case: Case) -> tuple[float, float]:
     ring_parameters, mapping_parameters = m * (4 * d * r + 4 * r + r * r * d + d), m * (d * d + d)
     rows = m * n * d * size
     if case.op == "tensor_ring":            # forward x, out, target; backward x, g_out, g_target, g_x
-        multiply_adds, parameters, touched = ring, ring_parameters, rows * (7 if training else 3)
-    elif case.op == "attention_mapping":    # forward x, target; backward x, g_x, g_target
-        multiply_adds, parameters, touched = mapping, mapping_parameters, rows * (5 if training else 2)
-    elif case.op == "afw_layer":            # forward x, out; backward x, g_out, g_x; no loss in evaluation
+        return {case.op: (2 * passes * ring, rows * (7 if training else 3) + ring_parameters * size * passes)}
+    if case.op == "attention_mapping":      # forward x, target; backward x, g_x, g_target
+        return {case.op: (2 * passes * mapping, rows * (5 if training else 2) + mapping_parameters * size * passes)}
+    if case.op == "afw_layer":              # forward x, out; backward x, g_out, g_x; no loss in evaluation
         multiply_adds, parameters = ring, ring_parameters
-        touched = rows * (5 if training else 2)
         if training:
             multiply_adds, parameters = multiply_adds + mapping, parameters + mapping_parameters
-    else:
-        layers, f = config.encoder_layers, config.feedforward_dim
-        lengths = case.shape.lengths
-        if config.padding == "attended":    # padded rows are rows
-            lengths, n = (max(lengths),) * dialogues, max(lengths) * dialogues
-        pairs = sum(length * length for length in lengths)
-        scale = n / case.shape.utterances
-        multiply_adds = config.afw_layers * scale * (ring + (mapping if training else 0)) + m * n * d * config.num_classes
-        parameters = config.afw_layers * (ring_parameters + (mapping_parameters if training else 0))
-        touched = 0
-        for w in config.input_widths.values():
-            multiply_adds += layers * (n * (4 * w * w + 2 * w * f) + 2 * pairs * w) + n * w * d
-            parameters += layers * (4 * w * w + 2 * w * f + 9 * w + f) + w * d + d
-            touched += 4 * n * w
-    touched += parameters * size * passes
-    if case.op == "model" and training:
-        touched += parameters * ADAM_BYTES
-    return 2.0 * passes * multiply_adds, float(touched)
+        return {case.op: (2 * passes * multiply_adds, rows * (5 if training else 2) + parameters * size * passes)}
+
+    layers, f = config.encoder_layers, config.feedforward_dim
+    lengths = case.shape.lengths
+    if config.padding == "attended":        # padded rows are rows
+        lengths, n = (max(lengths),) * dialogues, max(lengths) * dialogues
+    pairs = sum(length * length for length in lengths)
+    scale = config.afw_layers * n / case.shape.utterances
+    products = first = attention = encoders = inputs = 0
+    for w in config.input_widths.values():
+        products += layers * n * (4 * w * w + 2 * w * f) + n * w * d
+        first += 3 * n * w * w              # queries, keys and values of the first layer: nobody wants the input's gradient
+        attention += layers * 2 * pairs * w
+        encoders += layers * (4 * w * w + 2 * w * f + 9 * w + f) + w * d + d
+        inputs += 4 * n * w
+    found = {"encoder products, forward": (2 * products, encoders * size + inputs)}
+    if training:
+        found |= {"encoder products, input gradients": (2 * (products - first), encoders * size),
+                  "encoder products, weight gradients": (2 * products, encoders * size)}
+    afw = config.afw_layers * size * passes
+    found |= {"dialogue attention": (2 * passes * attention, 0),
+              "tensor ring": (2 * passes * scale * ring, ring_parameters * afw)}
+    if training:
+        found["attention mapping"] = (2 * passes * scale * mapping, mapping_parameters * afw)
+    found["cosine fusion, head, losses, ratio"] = (2 * passes * m * n * d * config.num_classes, 0)
+    if training:
+        found["optimiser: update"] = (0, (encoders + config.afw_layers * (ring_parameters + mapping_parameters)) * ADAM_BYTES)
+    return found
 
 
 def floor_seconds(operations: float, touched: float, rate: float, bandwidth: float) -> float:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# What keeps this package, oneDNN, ATen and MKL (on Intel) from AVX-512 and AMX; set before the process starts.
+AVX2 = {"ADA2I_FAST_CPU_TIER": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def synchronize(device: str) -> None:
@@ -55,7 +57,8 @@ def facts(device: str) -> dict:
     return {"device": device_name(device), "cpu": device_name("cpu"), "cpu_tier": None if cpu.why_not() else cpu.tier(),
             "threads": torch.get_num_threads(), "load_at_start": round(os.getloadavg()[0], 1), "python": platform.python_version(),
             "torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda if device == "cuda" else None,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(), "commit": commit}
+            "float32_matmul_precision": torch.get_float32_matmul_precision(), "commit": commit,
+            "limits": {name: os.environ[name] for name in AVX2 if name in os.environ}}
 
 
 def _best(call, device: str, seconds: float = 0.3) -> float:

@@ -15,7 +15,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("pytest_benchmark")
-from benchmarks import cases, implementations, machine, measure, report, run  # noqa: E402
+from ada2i_fast import cpu  # noqa: E402
+from benchmarks import cases, implementations, machine, measure, memory, profile, report, run  # noqa: E402
 
 TINY = cases.Shape("tiny", "iemocap", (3, 1, 5), (("hidden_dim", 8), ("tensor_rank", 3), ("feedforward_dim", 16)))
 
@@ -55,6 +56,25 @@ def test_the_report_shows_ratios_machine_and_slower_rows(results):
     assert "(testing-machine/default.png)" in page and (results / "testing-machine" / "default.png").stat().st_size < 100_000
 
 
+def test_the_report_shows_peak_memory_and_the_profile(tmp_path):
+    environment = row("cpu", 1.0)["extra_info"] | {"device": "Testing Machine", "limits": {"ATEN_CPU_CAPABILITY": "avx2"}}
+    folder = tmp_path / "testing-machine"
+    report.write(folder / "memory.json", {"kind": "memory", "datetime": "2026-01-01", "environment": environment}, [
+        dict(group="model / tiny", implementation=name, peak_bytes=bytes_, of_textbook=bytes_ / 2 ** 22)
+        for name, bytes_ in (("textbook", 2 ** 22), ("cpu", 2 ** 20))])
+    rows = [dict(case="model / tiny", shape="tiny", dtype="float32", implementation=name, rounds=3, step_seconds=0.8 * whole,
+                 watched_seconds=whole, parts={"tensor ring": 0.25 * whole, "everything else": 0.75 * whole}, floors={"tensor ring": 1e-3},
+                 matrix_rate=1e11, bandwidth=1e10) for name, whole in (("cpu", 0.01), ("textbook", 0.1))]
+    report.write(folder / "profile.json", {"kind": "profile", "datetime": "2026-01-01", "environment": environment, "preparation": [
+        dict(shape="tiny", conversations=5, utterances=50, steps=2, seconds=1.0, outside_seconds=0.002, outside_share=0.002)]}, rows)
+    assert report.main(["--results", str(tmp_path)]) == 0
+    page, performance = ((tmp_path / name).read_text() for name in ("README.md", "performance.md"))
+    assert "| model / tiny | cpu | 1 MiB | 25% |" in page and "Limited by `ATEN_CPU_CAPABILITY=avx2`." in page
+    assert "| tensor ring | 1 ms | 2.5 ms | 25.0% | 40% | 25 ms | 25.0% | 4% |" in performance
+    assert "| everything else | – | 7.5 ms | 75.0% | – | 75 ms | 75.0% | – |" in performance
+    assert "10.00 times as fast as the textbook" in performance and "| tiny | 5 | 50 | 2 | 1 s | 2 ms | 0.20% |" in performance
+
+
 def test_without_results_the_report_says_so(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 1
     assert "no results" in capsys.readouterr().err
@@ -72,6 +92,14 @@ def test_floor():
     assert cases.work(cases.Case("tensor_ring", shape))[0] + cases.work(cases.Case("attention_mapping", shape))[0] == training[0]
     parameters = 3 * (4 * d * r + 4 * r + r * r * d + d)
     assert evaluation[1] == 4 * (2 * 3 * n * d + parameters)
+    for mode in ("evaluation", "training"):
+        case = cases.Case("model", cases.MELD, mode)
+        parts = cases.parts(case)
+        assert cases.work(case) == (sum(work[0] for work in parts.values()), sum(work[1] for work in parts.values()))
+        assert set(parts) <= set(profile.PARTS)
+    # Queries, keys and values of the first layer want no gradient of their input: three products of n rows less.
+    forward, inputs = (parts[name][0] for name in (profile.FORWARD, profile.INPUT))
+    assert forward - inputs == 2 * 96 * 3 * sum(w * w for w in cases.MELD.config().input_widths.values())
     # The encoders hold about 99 % of the arithmetic, 34 M multiply-adds an utterance (spec, section 5).
     whole = cases.work(cases.Case("model", cases.IEMOCAP, "evaluation"))[0] / 2 / cases.IEMOCAP.utterances
     assert 33e6 < whole < 36e6
@@ -87,7 +115,8 @@ def test_every_group_collects():
             for implementation in ("textbook", "algebra", "cpu"):
                 assert f"[{op}-{shape}-training-float32-{implementation}]" in found.stdout
     for name in ("afw_layer-iemocap-training-float32-compiled", "model-meld-training-bfloat16-cpu", "100000_utterances", "rank_32", "width_1024",
-                 "model-iemocap_released-training"):
+                 "model-iemocap_released-training", "model-meld_released-training", "model-iemocap-evaluation-float32-cpu",
+                 "model-meld-evaluation-float32-cpu"):
         assert name in found.stdout
 
 
@@ -145,3 +174,42 @@ def test_saved_bytes_count_a_storage_once():
 
 def test_slug():
     assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(
+    cpu.why_not() is not None, reason=str(cpu.why_not())))])
+def test_the_profile_finds_every_part_and_adds_up(name, dtype):
+    """Known parts only, each seen in the step; the products of each kind are as many as the model has weights."""
+    case = cases.Case("model", TINY, dtype=dtype)
+    competitor = implementations.build(case, name, "cpu")
+    for _ in range(2):
+        competitor.run()
+    counts = {}
+    with profile.spans(competitor), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
+        competitor.run()
+    for event in trace.events():
+        kind = profile.product(event, case)
+        counts[kind] = counts.get(kind, 0) + 1
+    weights = 3 * (2 * 4 + 1)
+    assert [counts[kind] for kind in (profile.FORWARD, profile.INPUT, profile.WEIGHT)] == [weights, weights - 3, weights]
+    seconds, parts = profile.profiled(competitor, case)
+    expected = set(profile.PARTS) - (set() if dtype == "bfloat16" else {profile.CASTS})
+    assert expected <= set(parts) and all(s > 0 for s in parts.values())
+    assert sum(parts.values()) == pytest.approx(seconds)
+    assert not [hook for module in competitor.model.modules() for hook in module._forward_hooks.values()]
+
+
+@pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.why_not()))
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_peak_memory_of_a_training_step():
+    """Activations and temporaries at IEMOCAP sizes: at most 40 % of the textbook's. The measure itself is checked by what the textbook has
+    to keep: the bytes that autograd saves are a part of it, and most of it.
+    """
+    case = memory.CASES[0]
+    textbook = implementations.build(case, "textbook", "cpu")
+    saved = measure.saved_bytes(textbook.forward, textbook.free)
+    del textbook
+    theirs, ours = (memory.measure(case, name, threads=1) for name in ("textbook", "cpu"))
+    assert saved < theirs < 1.25 * saved
+    assert ours <= 0.4 * theirs, f"{ours / 2 ** 20:.0f} of {theirs / 2 ** 20:.0f} MiB"
