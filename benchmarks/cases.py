@@ -52,7 +52,6 @@ class Case:
     dtype: str = "float32"
     preset: str = "published"
     compiled: bool = False
-    textbook: bool = True
     sweep: str = ""                 # scaling only: the quantity on the horizontal axis, and its value
     at: int = 0
 
@@ -62,7 +61,7 @@ class Case:
         return " / ".join((self.op, shape, self.mode, self.dtype))
 
     def implementations(self, device: str) -> list[str]:
-        return [*(["textbook"] if self.textbook else []), *(["compiled"] if self.compiled else []), "algebra",
+        return ["textbook", *(["compiled"] if self.compiled else []), "algebra",
                 *(["cpu"] if device == "cpu" else ["triton", "cuda"])]
 
 
@@ -73,11 +72,10 @@ def cases(op: str, compiled: set[tuple[str, str, str]], modes: tuple[str, ...] =
 
 
 def scaling() -> list[Case]:
-    """One AFW layer in training against utterances, rank and width; the textbook only where it takes seconds."""
+    """One AFW layer in training against utterances, rank and width."""
     found = []
     for n in (100, 1_000, 10_000, 100_000):
-        found.append(Case("afw_layer", Shape(f"{n} utterances", "iemocap", (50,) * (n // 50)), textbook=n <= 10_000,
-                          sweep="utterances", at=n))
+        found.append(Case("afw_layer", Shape(f"{n} utterances", "iemocap", (50,) * (n // 50)), sweep="utterances", at=n))
     for rank in (1, 2, 4, 8, 16, 32):
         found.append(Case("afw_layer", replace(IEMOCAP, name=f"rank {rank}", changes=(("tensor_rank", rank),)), sweep="rank",
                           at=rank))

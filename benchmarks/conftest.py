@@ -46,11 +46,7 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
     """{implementation: {"samples", "extra_info"}, or what kept it from being measured}."""
     outcomes: dict[str, dict | Exception] = {}
     exact = implementations.exact(case, device)
-    textbook = float("inf")
-    if case.textbook:
-        textbook, where = measure.error(implementations.build(case, "textbook", device).result(), exact)
-    else:                                   # too large for it: the algebra in the same dtype sets the measure
-        textbook, where = measure.error(implementations.build(case, "algebra", device).result(), exact)
+    textbook, where = measure.error(implementations.build(case, "textbook", device).result(), exact)
     competitors, info = {}, {}
     for name in names:
         try:
@@ -73,9 +69,8 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
     del exact
     gc.collect()
 
-    slow = case.op == "model" or case.sweep
-    samples = measure.interleaved({name: c.run for name, c in competitors.items()}, device, rounds=rounds,
-                                  minimum=7 if slow else 15) if competitors else {}
+    minimum = 3 if case.shape.utterances > 50_000 else 7 if case.op == "model" or case.sweep else 15
+    samples = measure.interleaved({name: c.run for name, c in competitors.items()}, device, rounds=rounds, minimum=minimum) if competitors else {}
     operations, touched = work(case)
     rate, bandwidth = machine.matrix_rate(device, case.dtype), machine.bandwidth(device)
     floor = floor_seconds(operations, touched, rate, bandwidth)

@@ -5,7 +5,7 @@ load, caches) meets all alike. pytest-benchmark by itself times one test after t
 measures the whole group here, and each test then hands its own samples to pytest-benchmark, whose clock for these tests
 (`clock`) moves by exactly the sample that is being recorded. Its statistics and its JSON are therefore those of the
 interleaved rounds, and nothing is measured twice. A sample is one call (for short calls the mean of an inner loop); there are
-at least 15 rounds, or 7 for the whole model and the sweeps, where a call can take seconds; --rounds says otherwise.
+at least 15 rounds, 7 for the whole model and the sweeps, 3 where a call takes seconds; --rounds says otherwise.
 
 Before it is timed an implementation must agree with the algebra in float64, dropout off, in every output and gradient:
 error (L2, relative, the worst tensor) at most twice that of the eager textbook in the same dtype plus `FLOOR`; the textbook itself at most

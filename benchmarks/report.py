@@ -127,7 +127,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sweeps = [sweep for sweep in ("utterances", "rank", "width") if any(row["sweep"] == sweep for row in rows)]
     labels = {"utterances": "utterances per batch", "rank": "tensor rank R", "width": "width D"}
@@ -149,6 +149,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
             ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             ax.xaxis.set_minor_locator(pyplot.NullLocator())
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
             ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=9)
     figure.suptitle(f"{title}: one AFW layer, three modalities, float32", fontsize=10)
