@@ -146,3 +146,13 @@ def test_independence():
 
 def test_an_element_does_not_depend_on_the_size():
     assert torch.equal(noise(size=1000)[:77], noise(size=77))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck(backend):
+    p, g, m, v = ([t[:40].clone() for t in kind] for kind in tensors())
+    ops = torch.ops.ada2i_fast
+    torch.library.opcheck(ops.balanced_adam_measure, (g, backend), test_utils=("test_schema", "test_faketensor"))
+    for noise_on in (None, "gradient", "parameter"):
+        torch.library.opcheck(ops.balanced_adam_update, (p, g, m, v, *arguments(noise_on), backend),
+                              test_utils=("test_schema", "test_faketensor"))
