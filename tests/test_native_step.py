@@ -9,6 +9,7 @@ import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
 from ada2i_fast.data import synthetic_corpus
+from ada2i_fast.modules import FeatureWeighting
 from model_cases import padded_case, small_config
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -213,3 +214,37 @@ def test_several_threads_train_at_once():
     for number in range(4):
         assert all(torch.equal(a, b) for a, b in zip(alone[number], together[number], strict=True))
     assert not torch.equal(alone[0][0], alone[1][0])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_compiles_whole(train):
+    """The whole model, native encoder ops included, in one graph: the same bits, masks too, and the same gradients but for their order of sums."""
+    torch._dynamo.reset()
+    model = Ada2I(small_config("published", dropout=0.3 if train else 0.0)).train(train)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in ([7, 3, 5, 2], [4, 9, 3, 6]):
+        batch = DialogueBatch.from_padded(*padded_case(lengths, dtype=torch.float32))
+        results = []
+        for call in (model, compiled):
+            torch.manual_seed(0)
+            model.zero_grad()
+            out = call(batch)
+            out.loss.backward()
+            results.append([out.log_prob.detach(), out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for i, (a, b) in enumerate(zip(*results, strict=True)):
+            assert (a - b).abs().max() <= (0 if i == 0 else 32 * 2.0 ** -24 * a.abs().max()), i
+
+
+def test_memory_grows_linearly_up_to_100_000_utterances():
+    """What a layer keeps for backward, to the byte: 100 times the dialogues, 100 times the bytes, less what does not depend on them."""
+    layer = FeatureWeighting([16] * 3, 4, 1, backend="cpu")
+    kept = {}
+    for dialogues in (20, 2_000):
+        x = [torch.randn(50 * dialogues, 16, requires_grad=True) for _ in range(3)]
+        offsets = torch.arange(0, 50 * dialogues + 1, 50)
+        free = {t.untyped_storage().data_ptr() for t in (*x, offsets, *layer.parameters())}
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            out, loss = layer(x, offsets)
+        kept[dialogues] = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in free)
+    assert 1_000 * 3 * 16 * 4 < kept[20] and kept[2_000] <= 100 * kept[20]
