@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
-from .balance import disparity_ratio, modulation_coefficients, spread
+from .balance import modulation_coefficients, spread
 from .batch import Ada2IOutput, DialogueBatch
 from .config import Ada2IConfig
 from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
@@ -32,7 +32,7 @@ class _Net(nn.Module):
             feature_reduction=config.feature_reduction, backend=backend) if config.afw else None
         self.fc_out = ModalityWeighting(
             config.hidden_dim, count, config.num_classes, bias=config.cosine_bias or not config.amw, amw=config.amw,
-            cosine_norm=config.cosine_norm, scale=config.cosine_scale, score_from=config.score_from)
+            cosine_norm=config.cosine_norm, scale=config.cosine_scale, score_from=config.score_from, backend=backend)
         for m in config.modalities:
             width = config.input_widths[m]
             if config.encoder == "lstm":
@@ -63,7 +63,7 @@ class Ada2I(nn.Module):
         model.apply_modulation(ratio)
 
     config: an `Ada2IConfig`, or the released Namespace (released semantics).  backend: which implementation serves AFW,
-    "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders take the best there is, with "torch" plain PyTorch.
+    "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders and AMW take the best there is, with "torch" plain PyTorch.
     The state_dict has the released names; the published head adds `net.head`.
     """
 
@@ -129,13 +129,13 @@ class Ada2I(nn.Module):
             z, feature_loss = net.mmt(z, offsets)
         if real is not None:
             z = [z_m.index_select(0, real) for z_m in z]
-        joint, unimodal, scores = net.fc_out(z, labels)
+        joint, unimodal, _, ratios = net.fc_out(z, labels)
         logits = joint if config.head == "none" else net.head(joint)
         log_prob = F.log_softmax(logits, dim=1)
 
         ratio = loss = None
         if labels is not None:
-            ratio = disparity_ratio(scores, config.modalities)
+            ratio = dict(zip(config.modalities, ratios.unbind()))
             loss = F.nll_loss(log_prob, labels) + feature_loss
             if config.head != "none":
                 loss = loss + F.cross_entropy(joint, labels)

@@ -29,6 +29,18 @@ struct AttentionMapping {
   void* const* tensors;
 };
 
+struct CosineFusion {
+  int64_t dtype, threads, modalities, rows, width, classes;
+  int64_t amw, over_classes, linear_scores;   // options: cosines or a linear map; axis of |W|; what the scores come from
+  double scale;
+  const int64_t* labels;    // [N], or null
+  int64_t* outside;         // the first label that is no class, or -1
+  // weight [C, M D]; float, or double for ADA2I_FLOAT64, are log_prob norm scores ratio
+  //   forward   hidden (M) weight bias(null: none) | joint log_prob norm scores ratio (both null without labels)
+  //   backward  hidden (M) weight grad_joint norm | grad_hidden (M) grad_weight grad_bias(null: none)
+  void* const* tensors;
+};
+
 // float32 from here on.
 
 struct DropoutFused {
@@ -73,6 +85,8 @@ struct Ada2iTier {
   int (*tensor_ring_backward[ADA2I_DTYPES])(const TensorRing*);
   int (*attention_mapping_forward[ADA2I_DTYPES])(const AttentionMapping*);
   int (*attention_mapping_backward[ADA2I_DTYPES])(const AttentionMapping*);
+  int (*cosine_fusion_forward[ADA2I_DTYPES])(const CosineFusion*);
+  int (*cosine_fusion_backward[ADA2I_DTYPES])(const CosineFusion*);
   int (*relu_dropout_forward)(const DropoutFused*);
   int (*relu_dropout_backward)(const DropoutFused*);
   int (*dropout_norm_forward)(const DropoutFused*);

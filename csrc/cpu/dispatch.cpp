@@ -73,6 +73,8 @@ ADA2I_EXPORT int ada2i_attention_mapping_forward(const AttentionMapping* args) {
 ADA2I_EXPORT int ada2i_attention_mapping_backward(const AttentionMapping* args) {
   return chosen()->attention_mapping_backward[args->dtype](args);
 }
+ADA2I_EXPORT int ada2i_cosine_fusion_forward(const CosineFusion* args) { return chosen()->cosine_fusion_forward[args->dtype](args); }
+ADA2I_EXPORT int ada2i_cosine_fusion_backward(const CosineFusion* args) { return chosen()->cosine_fusion_backward[args->dtype](args); }
 ADA2I_EXPORT int ada2i_relu_dropout_forward(const DropoutFused* args) { return chosen()->relu_dropout_forward(args); }
 ADA2I_EXPORT int ada2i_relu_dropout_backward(const DropoutFused* args) { return chosen()->relu_dropout_backward(args); }
 ADA2I_EXPORT int ada2i_dropout_norm_forward(const DropoutFused* args) { return chosen()->dropout_norm_forward(args); }

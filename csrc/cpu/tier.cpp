@@ -20,6 +20,7 @@ namespace {
 #include "dropout.inl"
 #include "balanced_adam.inl"
 #include "dialogue_attention.inl"
+#include "cosine_fusion.inl"
 }  // namespace
 
 #define ADA2I_ALL_DTYPES(op) {op<float>, op<double>, op<bf16>, op<half>}
@@ -28,6 +29,7 @@ namespace {
 extern const Ada2iTier tier;
 const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_forward), ADA2I_ALL_DTYPES(tensor_ring_backward),
                         ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward),
+                        ADA2I_ALL_DTYPES(cosine_fusion_forward), ADA2I_ALL_DTYPES(cosine_fusion_backward),
                         relu_dropout_forward, relu_dropout_backward, dropout_norm_forward, dropout_norm_backward,
                         dialogue_attention_forward, dialogue_attention_backward,
                         balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,

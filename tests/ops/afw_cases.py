@@ -110,17 +110,19 @@ def named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{j}]": t for j, t in enumerate(tensors)}
 
 
-def assert_close(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_close(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype,
+                 terms: dict[str, float] | None = None) -> None:
     """flash-attention's rule: at most twice the error of plain torch in the same dtype, plus a floor of a few roundings.
 
-    Errors are taken in the norm and in the worst element; both relative to the tensor's largest element.
+    Errors are taken in the norm and in the worst element; both relative to the tensor's largest element, or to the terms of a
+    difference that can vanish altogether.
     """
     for name, e in exact.items():
         a, p = actual[name].detach().double(), plain[name].detach().double()
         assert a.shape == e.shape and torch.isfinite(a).all(), name
         if not e.numel():
             continue
-        top = e.abs().max() + 1e-300
+        top = e.abs().max().clamp_min((terms or {}).get(name, 1e-300))
         for kind, of in (("largest", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
             limit = 2 * of(p - e) + FLOOR[dtype] * top
             assert of(a - e) <= limit, f"{name}: {kind} error {of(a - e) / top:.2e}, plain torch {of(p - e) / top:.2e}"
