@@ -77,6 +77,27 @@ def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank
     return forward, backward
 
 
+# ---- cosine_fusion
+CLASSES = {"iemocap": 6, "meld": 7, "mosei": 7}
+
+
+def fusion(dtype: torch.dtype, rows: int, width: int, classes: int, modalities: int = 3, released: bool = False,
+           labels: bool = True) -> tuple[list, list]:
+    """Launches of AMW with its scores and ratio: (forward, backward)."""
+    from ada2i_fast.kernels import cosine_fusion
+
+    hidden = [torch.empty(rows, width, dtype=dtype) for _ in range(modalities)]
+    weight = torch.empty(classes, modalities * width, dtype=dtype)
+    bias = torch.empty(classes, dtype=dtype) if released else None
+    norm, score_from = ("classes", "linear") if released else ("features", "cosine")
+    with recorded() as forward:
+        joint, _, norms, *_ = cosine_fusion.forward(hidden, weight, bias, torch.empty(rows, dtype=torch.int64) if labels else None, True,
+                                                    norm, 10.0, score_from)
+    with recorded() as backward:
+        cosine_fusion.backward(joint, hidden, weight, norms, released, True, norm, 10.0)
+    return forward, backward
+
+
 def source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
     """What Triton would compile for a launch, and the compiler's options in it."""
     signature, constants, attributes = {}, {}, {}
@@ -131,6 +152,7 @@ def table(datasets=DATASETS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
         count, dialogues, width, rank, gated = DATASETS[dataset]
         for dtype in dtypes:
             forward, backward = layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated)
+            backward = backward + [launch for part in fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated) for launch in part]
             # attention_mapping reduces first, so the second reduction is tensor_ring's.
             seen: dict[str, int] = {}
             for kernel, _, args, kwargs in forward + backward:

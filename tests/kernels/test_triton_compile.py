@@ -70,6 +70,42 @@ def test_no_synchronisation_and_no_copies():
     assert seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, seen
 
 
+# ---- cosine_fusion
+
+
+@pytest.mark.parametrize("modalities", [1, 3, 5])
+@pytest.mark.parametrize("released", [True, False])
+def test_fusion_launches(modalities, released):
+    """Two each way, whatever the modalities; without labels one forward; none for an empty batch."""
+    forward, backward = resources.fusion(torch.float32, 500, 300, 6, modalities, released)
+    assert names(forward) == Counter(fuse_forward=1, sum_scores=1) and names(backward) == Counter(fuse_backward=1, project_weight=1)
+    assert names(resources.fusion(torch.float32, 500, 300, 6, modalities, released, labels=False)[0]) == Counter(fuse_forward=1)
+    assert resources.fusion(torch.float32, 0, 300, 6, modalities, released) == ([], [])
+
+
+def test_fusion_does_not_recompile():
+    seen = set()
+    for rows in (480, 481, 1_000, 33, 1):
+        for launches in resources.fusion(torch.float32, rows, 300, 6):
+            for kernel, grid, args, kwargs in launches:
+                what, options = resources.source(kernel, args, kwargs)
+                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+                assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
+    assert len(seen) == 4
+
+
+def test_fusion_does_not_synchronise():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    with Watch():
+        resources.fusion(torch.float32, 500, 300, 6, released=True)
+    assert seen <= {"empty", "empty_like", "new_empty"}, seen
+
+
 def test_resources():
     """Every kernel at IEMOCAP sizes on sm_90, float32 and bfloat16."""
     compare(resources.table(["iemocap"], ["float32", "bfloat16"], [90]))

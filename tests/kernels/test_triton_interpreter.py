@@ -30,6 +30,7 @@ def keys(table: str) -> list[str]:
 
 
 CASES = ["dropout", "locate", "empty", "reasons", "strides", *keys("RING"), *keys("MAPPING")]
+CASES += ["fusion-zeros", *keys("FUSION")]
 
 
 def results(*options: str) -> dict[str, list]:

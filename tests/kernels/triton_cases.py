@@ -67,6 +67,26 @@ MAPPING = {
     "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean"),
 }
 
+# name: (dtype, modalities, rows, width, classes, options), see fusion_case.
+FUSION = {
+    "fusion-published": ("float32", 3, 37, 21, 6, dict()),
+    "fusion-released": ("float32", 3, 37, 70, 7, dict(cosine_norm="classes", scale=1.0, score_from="linear", bias=True)),
+    "fusion-mixed": ("float32", 2, 40, 14, 4, dict(cosine_norm="features", score_from="linear", bias=True)),
+    "fusion-classes-cosine": ("float32", 1, 5, 70, 2, dict(cosine_norm="classes")),
+    "fusion-linear": ("float32", 3, 33, 70, 5, dict(amw=False, score_from="linear", bias=True)),
+    "fusion-linear-cosine": ("float32", 2, 9, 7, 3, dict(amw=False)),
+    "fusion-no-labels": ("float32", 4, 9, 21, 3, dict(labels=False)),
+    "fusion-many-classes": ("float32", 2, 18, 14, 20, dict(bias=True)),
+    "fusion-wide": ("float32", 2, 3, 300, 6, dict()),
+    "fusion-splits": ("float32", 2, 300, 9, 3, dict(cosine_norm="classes", bias=True)),
+    "fusion-many-rows": ("float32", 1, 2100, 2, 3, dict()),
+    "fusion-one-row": ("float32", 3, 1, 14, 6, dict(scale=1.0)),
+    "fusion-float16": ("float16", 3, 37, 40, 6, dict(bias=True)),
+    "fusion-float16-released": ("float16", 3, 37, 40, 6, dict(cosine_norm="classes", scale=1.0, score_from="linear", bias=True)),
+    "fusion-bfloat16": ("bfloat16", 3, 37, 40, 7, dict(cosine_norm="classes", bias=True)),
+    "fusion-bfloat16-published": ("bfloat16", 2, 20, 70, 6, dict()),
+}
+
 
 # ---------------------------------------------------------------------------------------------------- guarded allocations
 
@@ -237,6 +257,107 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     checks.true("sign of 0", loss.item() == 0.0 and not any(s.any() for s in sign))
 
 
+# -------------------------------------------------------------------------------------------------------- cosine_fusion
+
+
+def fusion_case(checks: Checks, dtype: str, modalities: int, rows: int, width: int, classes: int, options: dict) -> None:
+    from ada2i_fast.kernels import cosine_fusion
+    from ada2i_fast.ops.cosine_fusion import cosine_fusion_torch
+
+    options = dict(amw=True, cosine_norm="features", scale=10.0, score_from="cosine", bias=False, labels=True) | options
+    with_bias, with_labels = options.pop("bias"), options.pop("labels")
+    dtype = getattr(torch, dtype)
+    g = torch.Generator().manual_seed(rows + classes)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
+    hidden, weight = [draw(rows, width) for _ in range(modalities)], (draw(classes, modalities * width) * width ** -0.5).to(dtype)
+    bias = draw(classes) if with_bias else None
+    labels = torch.randint(0, classes, (rows,), generator=g) if with_labels else None
+    grad = draw(rows, classes)
+
+    def oracle(precision: torch.dtype):
+        leaves = [t.to(precision).requires_grad_() for t in (*hidden, weight, *([bias] if with_bias else []))]
+        results = cosine_fusion_torch(leaves[:modalities], leaves[modalities], leaves[-1] if with_bias else None, labels, *options.values())
+        grads = torch.autograd.grad(results[0], leaves, grad.to(precision))
+        return [t.detach() for t in results if t is not None], grads
+
+    exact, exact_grads = oracle(torch.float64)
+    plain, plain_grads = oracle(dtype)
+    overwritten: list = []
+    given, weight_in = [inside_nan(t) for t in hidden], inside_nan(weight)
+    with poisoned(overwritten):
+        joint, log_prob, norms, *of_labels = cosine_fusion.forward(
+            given, weight_in, inside_nan(bias) if with_bias else None, inside_nan(labels) if with_labels else None, *options.values())
+        grads = cosine_fusion.backward(inside_nan(grad), given, weight_in, norms, with_bias, options["amw"], options["cosine_norm"],
+                                       options["scale"])
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("dtypes", joint.dtype == dtype and all(t.dtype == torch.float32 for t in (log_prob, norms, *of_labels)))
+    checks.against("norms", norms, torch.stack([h.norm(dim=1) for h in hidden]), torch.stack([h.double().norm(dim=1) for h in hidden]),
+                   torch.float32)
+    for name, a, b, c in zip(("joint", "log_prob", "scores", "ratio"), (joint, log_prob, *of_labels), plain, exact):
+        checks.against(name, a, b, c, dtype if name == "joint" else torch.float32)
+    if with_labels:
+        checks.true("the weakest has ratio 1", of_labels[1].min().item() == 1.0)
+    names = [*(f"grad hidden {m}" for m in range(modalities)), "grad weight", "grad bias"]
+    checks.true("all gradients", len(grads) == len(exact_grads))
+    for name, a, b, c in zip(names, grads, plain_grads, exact_grads):
+        checks.true(f"dtype of {name}", a.dtype == dtype)
+        checks.against(name, a, b, c, dtype)
+
+
+def fusion_zeros_case(checks: Checks) -> None:
+    """Norms of zero, rows without an own class, NaN, strides, an empty batch: as plain PyTorch has them."""
+    from ada2i_fast.kernels import cosine_fusion
+    from ada2i_fast.ops.cosine_fusion import cosine_fusion_torch
+
+    g = torch.Generator().manual_seed(5)
+    hidden = [torch.randn(6, 9, generator=g) for _ in range(2)]
+    weight, bias, grad = torch.randn(4, 18, generator=g), torch.randn(4, generator=g), torch.randn(6, 4, generator=g)
+    labels = torch.tensor([0, 3, 1, 2, 2, 0])
+    for h in hidden:
+        h[1], h[2] = 0, 1e-13 * h[2]
+    weight[2], weight[:, 5] = 0, 0
+    for norm in ("classes", "features"):
+        options = (True, norm, 3.0, "cosine")
+        leaves = [t.clone().requires_grad_() for t in (*hidden, weight, bias)]
+        plain = cosine_fusion_torch(leaves[:2], leaves[2], leaves[3], labels, *options)
+        plain_grads = torch.autograd.grad(plain[0], leaves, grad)
+        joint, log_prob, norms, scores, ratio = cosine_fusion.forward(hidden, weight, bias, labels, *options)
+        grads = cosine_fusion.backward(grad, hidden, weight, norms, True, *options[:3])
+        for name, a, b in zip(("joint", "log_prob", "scores", "ratio"), (joint, log_prob, scores, ratio), plain):
+            checks.true(f"{norm} {name}", torch.allclose(a, b, rtol=1e-5, atol=1e-5))
+        for m in range(2):
+            size = plain_grads[m].abs().amax(1, keepdim=True)
+            checks.true(f"{norm} grad hidden {m}", bool(((grads[m] - plain_grads[m]).abs() <= 1e-4 * size).all()))
+        # What is divided by 1e-12 apart from the rest.
+        large = plain_grads[2].abs() > 1e6
+        checks.true(f"{norm} some are large", bool(large.any()))
+        for part in (large, ~large):
+            a, b = grads[2][part], plain_grads[2][part]
+            checks.true(f"{norm} grad weight", bool(((a - b).abs() <= 1e-4 * b.abs().max()).all()))
+        strided = [torch.stack([h, h], dim=2)[:, :, 1] for h in hidden]
+        again = cosine_fusion.forward(strided, weight.t().contiguous().t(), bias, labels.repeat_interleave(2)[::2], *options)
+        checks.true("any strides", all(torch.equal(a, b) for a, b in zip(again, (joint, log_prob, norms, scores, ratio))))
+        hidden[1][4, 2] = float("nan")
+        joint, log_prob, _, scores, ratio = cosine_fusion.forward(hidden, weight, bias, labels, *options)
+        checks.true("NaN", scores.isnan().tolist() == [False, True] and bool(ratio.isnan().all()) and
+                    joint.isnan().any(1).tolist() == [n == 4 for n in range(6)])
+        hidden[1][4, 2] = 1.0
+        away = labels.clone()
+        away[3] = 99
+        left = cosine_fusion.forward(hidden, weight, bias, labels, *options)
+        checks.true("a label that is no class has score 0", torch.allclose(
+            cosine_fusion.forward(hidden, weight, bias, away, *options)[3], left[3] - left[1][:, 3, 2].exp(), atol=1e-5))
+        empty = [h[:0] for h in hidden]
+        found = cosine_fusion.forward(empty, weight, bias, labels[:0], *options)
+        checks.true("empty", [tuple(t.shape) for t in found] == [(0, 4), (2, 0, 4), (2, 0), (2,), (2,)] and
+                    not found[3].any() and bool(found[4].isnan().all()))
+        grads = cosine_fusion.backward(found[0], empty, weight, found[2], True, *options[:3])
+        checks.true("zero gradients", not any(t.any() for t in grads) and grads[2].shape == weight.shape and grads[3].shape == bias.shape)
+
+
 # -------------------------------------------------------------------------------------------------------- shared pieces
 
 
@@ -360,6 +481,9 @@ def cases(slow: bool) -> dict:
         found[name] = lambda checks, arguments=arguments: ring_case(checks, *arguments)
     for name, arguments in MAPPING.items():
         found[name] = lambda checks, arguments=arguments: mapping_case(checks, *arguments)
+    found["fusion-zeros"] = fusion_zeros_case
+    for name, arguments in FUSION.items():
+        found[name] = lambda checks, arguments=arguments: fusion_case(checks, *arguments)
     return found
 
 
