@@ -41,7 +41,7 @@ MOSEI = Shape("mosei", "mosei7", (7, 3, 12, 5, 9, 1, 6, 22, 4, 8, 2, 10, 5, 7, 3
 class Case:
     """One group.
 
-    op: "tensor_ring" | "attention_mapping" | "afw_layer" (both, one AFW layer with its loss) | "model".
+    op: "tensor_ring" | "attention_mapping" | "afw_layer" (both, one AFW layer with its loss) | "cosine_fusion" | "model".
     mode: "training" (forward and backward; for the model a whole step, optimiser included) | "evaluation" (forward only).
     implementations: who competes, of the textbook's kind; the backends of the device are added.
     """
@@ -66,7 +66,7 @@ class Case:
 
 
 def cases(op: str, compiled: set[tuple[str, str, str]], modes: tuple[str, ...] = ("training", "evaluation")) -> list[Case]:
-    """An AFW op on the three shapes, in both dtypes; torch.compile takes part in the named groups (it is slow to start)."""
+    """An op on the three shapes, in both dtypes; torch.compile takes part in the named groups (it is slow to start)."""
     return [Case(op, shape, mode, dtype, compiled=(shape.name, mode, dtype) in compiled)
             for shape in (IEMOCAP, MELD, MOSEI) for mode in modes for dtype in ("float32", "bfloat16")]
 
@@ -108,6 +108,13 @@ def parts(case: Case) -> dict[str, tuple[float, float]]:
     mapping = m * n * d * d
     ring_parameters, mapping_parameters = m * (4 * d * r + 4 * r + r * r * d + d), m * (d * d + d)
     rows = m * n * d * size
+    if case.op == "cosine_fusion":          # forward x, joint, log_prob; backward x, g_joint, g_x
+        classes = config.num_classes
+        products, parameters = m * n * d * classes, classes * (m * d + (config.cosine_bias or not config.amw))
+        # Scores that need products of their own have no gradient.
+        scoring = products if config.amw == (config.score_from == "linear") else 0
+        touched = rows * (3 if training else 1) + n * classes * (size * (2 if training else 1) + 4 * m) + parameters * size * passes
+        return 2.0 * (passes * products + scoring), float(touched)
     if case.op == "tensor_ring":            # forward x, out, target; backward x, g_out, g_target, g_x
         return {case.op: (2 * passes * ring, rows * (7 if training else 3) + ring_parameters * size * passes)}
     if case.op == "attention_mapping":      # forward x, target; backward x, g_x, g_target

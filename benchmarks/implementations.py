@@ -62,14 +62,16 @@ class Competitor:
 
 
 def build(case: Case, implementation: str, device: str) -> Competitor:
-    maker = _Model if case.op == "model" else _Op
-    return maker(case, implementation, device)
+    return _maker(case)(case, implementation, device)
 
 
 def exact(case: Case, device: str) -> dict[str, Tensor]:
     """The algebra in float64."""
-    maker = _Model if case.op == "model" else _Op
-    return {name: t.detach() for name, t in maker(case, "algebra", device, exact=True).result().items()}
+    return {name: t.detach() for name, t in _maker(case)(case, "algebra", device, exact=True).result().items()}
+
+
+def _maker(case: Case) -> type[Competitor]:
+    return {"model": _Model, "cosine_fusion": _Fusion}.get(case.op, _Op)
 
 
 # ---------------------------------------------------------------------------------------------------------------- AFW ops
@@ -202,6 +204,73 @@ class _Op(Competitor):
                     if parts := [t for t in parts if t is not None]:
                         gradients[f"projection.{j}.{kind}"] = torch.cat(parts)
             found |= {f"gradient of {name}": t for name, t in gradients.items()}
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------- cosine_fusion
+
+
+class _Fusion(Competitor):
+    """AMW: joint logits and log-probabilities; in training the disparity ratio too. Rows are packed for all."""
+
+    def __init__(self, case: Case, implementation: str, device: str, exact: bool = False) -> None:
+        self.config = config = case.shape.config(case.preset)
+        self.training = case.mode == "training"
+        stored, rows, g = getattr(torch, case.dtype), case.shape.utterances, torch.Generator().manual_seed(0)
+        dtype = torch.float64 if exact else stored
+
+        def draw(*shape: int) -> Tensor:                        # drawn in float32, rounded to the case's dtype
+            return torch.randn(*shape, generator=g).to(stored).to(device, dtype)
+
+        self.hidden = {m: draw(rows, config.hidden_dim).requires_grad_(self.training) for m in config.modalities}
+        self.grad = draw(rows, config.num_classes)
+        self.labels = torch.randint(0, config.num_classes, (rows,), generator=g).to(device) if self.training else None
+        self.options = dict(amw=config.amw, cosine_norm=config.cosine_norm, scale=config.cosine_scale, score_from=config.score_from)
+        torch.manual_seed(0)
+        self.output = nn.Linear(len(config.modalities) * config.hidden_dim, config.num_classes, bias=config.cosine_bias or not config.amw)
+        self.output.to(device, torch.float64 if exact else torch.float32)
+        textbook = implementation in ("textbook", "compiled")
+        if not textbook:
+            self.backend = BACKEND[implementation]
+            try:
+                backends.choose("cosine_fusion", list(self.hidden.values()), self.backend)
+            except RuntimeError as reason:
+                raise Unavailable(str(reason)) from None
+        call = self._textbook if textbook else self._packed
+        self.call = torch.compile(call, dynamic=False) if implementation == "compiled" else call
+        self.leaves = {f"hidden {m}": h for m, h in self.hidden.items()} | dict(self.output.named_parameters())
+        self.free = tuple(self.leaves.values())
+        self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if textbook and case.dtype == "bfloat16" else contextlib.nullcontext
+
+    def _textbook(self) -> list[Tensor]:
+        joint, unimodal = reference.cosine_fusion(self.hidden, self.output, **self.options)
+        found = [joint, torch.stack([F.log_softmax(logits, dim=1) for logits in unimodal.values()])]
+        return found + [torch.stack(list(vectorised_ratio(unimodal, self.labels).values()))] if self.training else found
+
+    def _packed(self) -> list[Tensor]:
+        joint, log_prob, _, ratio = ops.cosine_fusion(list(self.hidden.values()), self.output.weight, self.output.bias, self.labels,
+                                                      backend=self.backend, **self.options)
+        return [joint, log_prob, ratio] if self.training else [joint, log_prob]
+
+    def _gradients(self, joint: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(joint, tuple(self.leaves.values()), self.grad.to(joint.dtype))
+
+    def forward(self) -> list[Tensor]:
+        with self.autocast():
+            return self.call()
+
+    def run(self) -> object:
+        if self.training:
+            return self._gradients(self.forward()[0])
+        with torch.no_grad():
+            return self.forward()
+
+    def result(self) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self.training):
+            outputs = self.forward()
+        found = dict(zip(("joint", "log_prob", "ratio"), outputs))
+        if self.training:
+            found |= {f"gradient of {name}": t for name, t in zip(self.leaves, self._gradients(outputs[0]))}
         return found
 
 

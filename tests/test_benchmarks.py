@@ -100,6 +100,10 @@ def test_floor():
     # Queries, keys and values of the first layer want no gradient of their input: three products of n rows less.
     forward, inputs = (parts[name][0] for name in (profile.FORWARD, profile.INPUT))
     assert forward - inputs == 2 * 96 * 3 * sum(w * w for w in cases.MELD.config().input_widths.values())
+    # Published: the scores come from the cosines; released: products of their own, without gradient, and a bias.
+    published, released = (cases.work(cases.Case("cosine_fusion", shape, preset=preset)) for preset in ("published", "released"))
+    assert published[0] == 2 * 3 * 3 * n * d * 6 and released[0] == 2 * (3 + 1) * 3 * n * d * 6
+    assert published[1] == 4 * (3 * 3 * n * d + 2 * n * 6 + 3 * n * 6 + 3 * 3 * d * 6) == released[1] - 4 * 3 * 6
     # The encoders hold about 99 % of the arithmetic, 34 M multiply-adds an utterance (spec, section 5).
     whole = cases.work(cases.Case("model", cases.IEMOCAP, "evaluation"))[0] / 2 / cases.IEMOCAP.utterances
     assert 33e6 < whole < 36e6
@@ -110,7 +114,7 @@ def test_every_group_collects():
     found = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--collect-only", "-q", "-m", "", "--device", "cpu",
                             "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-    for op in ("tensor_ring", "attention_mapping", "afw_layer", "model"):
+    for op in ("tensor_ring", "attention_mapping", "afw_layer", "cosine_fusion", "model"):
         for shape in ("iemocap", "meld", "mosei"):
             for implementation in ("textbook", "algebra", "cpu"):
                 assert f"[{op}-{shape}-training-float32-{implementation}]" in found.stdout
@@ -120,7 +124,7 @@ def test_every_group_collects():
         assert name in found.stdout
 
 
-@pytest.mark.parametrize("op", ["tensor_ring", "attention_mapping", "afw_layer", "model"])
+@pytest.mark.parametrize("op", ["tensor_ring", "attention_mapping", "afw_layer", "cosine_fusion", "model"])
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_competitors_agree_and_run(op, mode):
     case = cases.Case(op, TINY, mode)
