@@ -114,7 +114,7 @@ def parts(case: Case) -> dict[str, tuple[float, float]]:
         # Scores that need products of their own have no gradient.
         scoring = products if config.amw == (config.score_from == "linear") else 0
         touched = rows * (3 if training else 1) + n * classes * (size * (2 if training else 1) + 4 * m) + parameters * size * passes
-        return 2.0 * (passes * products + scoring), float(touched)
+        return {case.op: (2 * (passes * products + scoring), touched)}
     if case.op == "tensor_ring":            # forward x, out, target; backward x, g_out, g_target, g_x
         return {case.op: (2 * passes * ring, rows * (7 if training else 3) + ring_parameters * size * passes)}
     if case.op == "attention_mapping":      # forward x, target; backward x, g_x, g_target

@@ -101,7 +101,7 @@ def fuse_forward(hiddens, weight, bias, labels, joint, log_prob, norms, scores, 
         tl.store(log_prob + (m * rows_total.to(tl.int64) + rows)[:, None] * C + c[None, :], logits, mask=mask)
         if labels is not None:
             label = tl.load(labels + rows, mask=inside, other=-1)
-            own = tl.where(mask & (c[None, :] == label[:, None]), tl.exp(logits), 0.0)
+            own = tl.where(c[None, :] == label[:, None], tl.exp(logits), 0.0)
             tl.store(scores + tl.program_id(0).to(tl.int64) * M + m, tl.sum(tl.sum(own, axis=1), axis=0))
     tl.store(joint + rows[:, None] * C + c[None, :], fused.to(joint.dtype.element_ty), mask=mask)
 

@@ -42,6 +42,7 @@ class Mutant:
 
 RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
+FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 
 MUTANTS = [
@@ -79,6 +80,29 @@ MUTANTS = [
            "store(g + d, load(g + d, n) * factor - noise * to_gradient, n);", "the noise of modulation changes sign"),
     Mutant("cpu", "scale", "csrc/cpu/balanced_adam.inl", "auto gradient = load(g + d, n) * factor + noise * to_gradient;",
            "auto gradient = load(g + d, n) + noise * to_gradient;", "Adam sees the gradient without clipping and modulation"),
+    # ---- cosine_fusion
+    Mutant("torch", "index", FUSION, "ratio = scores / scores.min()", "ratio = scores / scores.max()", "the ratio to the strongest modality"),
+    Mutant("torch", "scale", FUSION, 'amw, cosine_norm, scale, "linear")[0]', 'amw, cosine_norm, 1.0, "linear")[0]', "no scale under create_graph"),
+    Mutant("torch", "index", FUSION, "return None, None, None, None, None, None, *grads[-2:], *grads[:-2]",
+           "return None, None, None, None, None, None, *grads[-2:], *grads[-3::-1]", "gradients of the modalities in reverse"),
+    Mutant("cpu", "sign", CPU_FUSION, "load(u + i * width + d) - along * load(", "load(u + i * width + d) + along * load(",
+           "the gradient's part along h is added"),
+    Mutant("cpu", "scale", CPU_FUSION, "factor = T(args->scale) * inverse<T>(length);", "factor = inverse<T>(length);", "cosines without their scale"),
+    Mutant("cpu", "scale", CPU_FUSION, "to_compute(bias[c]) / T(M)", "to_compute(bias[c])", "every modality adds the whole bias"),
+    Mutant("cpu", "index", CPU_FUSION, "(const S*)args->tensors[M] + (c * M + m) * D; }", "(const S*)args->tensors[M] + (m * C + c) * D; }",
+           "blocks of the weight are read as rows"),
+    Mutant("cpu", "index", CPU_FUSION, "broadcast(logits[y * kFusionRows + i])", "broadcast(logits[y * kFusionRows])",
+           "rows of a vector share their score"),
+    Mutant("cpu", "index", CPU_FUSION, "total += load(to + part * partial.each + d);", "total += load(to + d);", "the first chunk stands for all"),
+    Mutant("cpu", "bound", CPU_FUSION, "if (y >= 0 && y < C)", "if (y < C)", "negative labels are classes"),
+    Mutant("cpu", "bound", CPU_FUSION, "const int64_t height = smaller(kFusionRows, last - first);", "const int64_t height = kFusionRows;",
+           "blocks run beyond their chunk"),
+    Mutant("cpu", "mask", CPU_FUSION, "args->amw && !(length < T(1e-12)) ?", "args->amw ?", "rows of no norm are projected"),
+    Mutant("cpu", "mask", CPU_FUSION, "along = length < T(1e-12) ? Vector<T>{} : along;", "", "features of no norm are projected"),
+    Mutant("cpu", "mask", CPU_FUSION, "const T along = norm[c] < T(1e-12) ? T(0) : sum<T>(dot);", "const T along = sum<T>(dot);",
+           "classes of no norm are projected"),
+    Mutant("cpu", "mask", CPU_FUSION, "if (m == 0) of_bias[c] += g;", "of_bias[c] += g;", "every modality adds to the gradient of the bias"),
+    Mutant("cpu", "mask", CPU_FUSION, "scores[m] < weakest || scores[m] != scores[m]", "scores[m] < weakest", "a score that is NaN is overlooked"),
     # ---- CUDA C++, on the shim
     Mutant("cuda", "barrier", CUDA_TILE, "        __syncthreads();\n        if (k0 + D < end) fetch(k0 + D);", "        if (k0 + D < end) fetch(k0 + D);",
            "no barrier between filling the tile and multiplying"),
@@ -101,8 +125,8 @@ BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools impor
          "native.build(Path('ada2i_fast/lib').resolve(), Path('build/native').resolve())"]
 BACKENDS = {
     "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
-                     "tests/ops/test_tensor_ring.py"], 600),
-    "cpu": (BUILD, [*PYTEST, "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
+                     "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
+    "cpu": (BUILD, [*PYTEST, "tests/ops/test_cosine_fusion.py", "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
 }
 NAMES = (*BACKENDS, "triton")

@@ -45,6 +45,23 @@ MUTATIONS = [
     ("index", "attention_mapping.py", "program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)", "program = tl.program_id(0).to(tl.int64)", ["mapping"]),
     ("mask", "attention_mapping.py", "tl.where(mask, tl.abs(difference), 0.0)", "tl.abs(difference)", MAPPING),
     ("sign", "attention_mapping.py", "(difference > 0).to(tl.int8) - (difference < 0)", "(difference >= 0).to(tl.int8) - (difference < 0)", MAPPING),
+    # ---- cosine_fusion
+    ("sign", "cosine_fusion.py", "u -= along[:, None]", "u += along[:, None]", ["fusion-published"]),
+    ("scale", "cosine_fusion.py", "cosine *= (scale * inverse(norm))[:, None]", "cosine *= inverse(norm)[:, None]", ["fusion-published"]),
+    ("scale", "cosine_fusion.py", "other=0.0).to(tl.float32) / M", "other=0.0).to(tl.float32)", ["fusion-released"]),
+    ("index", "cosine_fusion.py", "tl.store(log_prob + (m * rows_total.to(tl.int64) + rows)", "tl.store(log_prob + (m + rows)", ["fusion-published"]),
+    ("index", "cosine_fusion.py", "logits = tl.where((c < C)[None, :], mapped if LINEAR else cosine", "logits = tl.where((c < C)[None, :], cosine if LINEAR else mapped", ["fusion-released"]),
+    ("mask", "cosine_fusion.py", "mapped if LINEAR else cosine, -float(\"inf\"))", "mapped if LINEAR else cosine, 0.0)", ["fusion-published"]),
+    ("bound", "cosine_fusion.py", "mask=inside, other=-1)", "mask=inside, other=0)", ["fusion-published"]),
+    ("bound", "cosine_fusion.py", "mask=(place < programs)[:, None]", "mask=(place <= programs)[:, None]", ["fusion-published"]),
+    ("mask", "cosine_fusion.py", "tl.min(tl.where(m < M, score, float(\"inf\")), axis=0)", "tl.min(score, axis=0)", ["fusion-published"]),
+    ("mask", "cosine_fusion.py", "tl.where(whole == whole, weakest, whole)", "weakest", ["fusion-zeros"]),
+    ("mask", "cosine_fusion.py", "tl.where(norm < 1e-12, 0.0, along / (norm * norm))", "along / (norm * norm)", ["fusion-zeros"]),
+    ("bound", "cosine_fusion.py", "tl.minimum((split + 1) * per_split, rows_total), program % D_BLOCKS", "(split + 1) * per_split, program % D_BLOCKS", ["fusion-splits"]),
+    ("index", "cosine_fusion.py", "        gradients += STRIDE", "        gradients += STRIDE // 2", ["fusion-splits"]),
+    ("index", "cosine_fusion.py", "if (m == 0) & (d0 == 0):", "if (m == 0) & (d0 == 1):", ["fusion-splits"]),
+    ("scale", "cosine_fusion.py", "value = factor * (summed(", "value = (summed(", ["fusion-published"]),
+    ("sign", "cosine_fusion.py", "(value - along[None, :] * v)", "(value + along[None, :] * v)", ["fusion-released"]),
 ]
 
 
