@@ -14,6 +14,8 @@ op without `backend`; `ring` comes flattened. They return flat lists:
     tensor_ring.backward        gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each
     attention_mapping.forward   loss (float32, or float64 for float64 inputs), M signs int8 [N, D_j]
     attention_mapping.backward  gradients of x, target, weight, bias, M each
+    cosine_fusion.forward       joint logits, log-probabilities, norms [M, N]; with labels scores and ratio
+    cosine_fusion.backward      gradients of hidden, M of them, of weight and, with one, of bias
 
 `dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update) are
 called as their op files say.

@@ -240,7 +240,8 @@ class _Fusion(Competitor):
         self.call = torch.compile(call, dynamic=False) if implementation == "compiled" else call
         self.leaves = {f"hidden {m}": h for m, h in self.hidden.items()} | dict(self.output.named_parameters())
         self.free = tuple(self.leaves.values())
-        self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if textbook and case.dtype == "bfloat16" else contextlib.nullcontext
+        self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if textbook and case.dtype == "bfloat16" else \
+            contextlib.nullcontext
 
     def _textbook(self) -> list[Tensor]:
         joint, unimodal = reference.cosine_fusion(self.hidden, self.output, **self.options)

@@ -165,7 +165,8 @@ def cosine_fusion(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None,
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected [{weight.shape[0]}] or None, got {list(bias.shape)}")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != first.shape[:1]):
-        raise ValueError(f"labels: expected int64 [{rows}] or None, got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}")
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(f"labels: expected int64 [{rows}] or None, got {kind} {list(labels.shape)}")
     for name, t in (*((f"hidden[{m}]", h) for m, h in enumerate(hidden)), ("weight", weight), ("bias", bias), ("labels", labels)):
         if t is not None and t.device != first.device:
             raise ValueError(f"{name}: expected a tensor on {first.device}, got one on {t.device}")
@@ -177,7 +178,7 @@ def cosine_fusion(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None,
     if backend == "torch":
         with torch.autocast(first.device.type, enabled=False):
             return cosine_fusion_torch(hidden, weight, bias, labels, amw, cosine_norm, scale, score_from)
-    if torch.is_grad_enabled() and (weight.requires_grad or bias is not None and bias.requires_grad or any(h.requires_grad for h in hidden)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*hidden, weight, bias)):
         joint, log_prob, *of_labels = _CosineFusion.apply(amw, cosine_norm, scale, score_from, backend, labels, weight, bias, *hidden)
     else:
         joint, log_prob, _, *of_labels = torch.ops.ada2i_fast.cosine_fusion_forward(hidden, weight, bias, labels, amw, cosine_norm, scale,

@@ -122,7 +122,8 @@ template <class S> static int cosine_fusion_forward(const CosineFusion* args) {
 
 #pragma omp parallel num_threads(threads)
   {
-    T *const cosines = scratch.of(omp_get_thread_num()), *const maps = cosines + tile, *const joints = maps + tile, *const norm = joints + tile;
+    T *const cosines = scratch.of(omp_get_thread_num()), *const maps = cosines + tile, *const joints = maps + tile;
+    T *const norm = joints + tile;
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < 2 * M; ++job) {
       if (job < M && cosine) f.take_unit(job, unit + job * f.block(), nullptr);
@@ -145,7 +146,8 @@ template <class S> static int cosine_fusion_forward(const CosineFusion* args) {
           auto most = broadcast(T(-__builtin_inf()));
           for (int64_t c = 0; c < C; ++c) {
             const T share = bias ? to_compute(bias[c]) / T(M) : T(0);
-            T *of_cosine = cosines + c * kFusionRows + r, *of_map = maps + c * kFusionRows + r, *of_joint = joints + c * kFusionRows + r;
+            const int64_t at = c * kFusionRows + r;
+            T *of_cosine = cosines + at, *of_map = maps + at, *of_joint = joints + at;
             if (cosine) store(of_cosine, load(of_cosine) * factor + share);
             if (linear) store(of_map, load(of_map) + share);
             store(of_joint, load(of_joint) + load(args->amw ? of_cosine : of_map));
@@ -195,7 +197,8 @@ template <class S> static int cosine_fusion_backward(const CosineFusion* args) {
   constexpr int lanes = Lanes<T>::count, wide = 4;     // vectors of a tile of the weight gradient
   const Fusion<S> f(args);
   const int64_t M = f.M, N = f.N, D = f.D, C = f.C, width = f.padded_width, classes = f.padded_classes;
-  const int64_t chunk = round_up(N > 2 * kFusionRows * kFusionChunks ? (N + kFusionChunks - 1) / kFusionChunks : 2 * kFusionRows, kFusionRows);
+  const int64_t most = (N + kFusionChunks - 1) / kFusionChunks;
+  const int64_t chunk = round_up(most > 2 * kFusionRows ? most : 2 * kFusionRows, kFusionRows);
   const int64_t chunks = N > 0 ? (N + chunk - 1) / chunk : 1;
   const int threads = f.threads(2);
   Scratch<T> weights(M * f.block()), weight_norms(M * (width > classes ? width : classes)), partial(f.block(), M * chunks);

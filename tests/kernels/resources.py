@@ -152,7 +152,7 @@ def table(datasets=DATASETS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
         count, dialogues, width, rank, gated = DATASETS[dataset]
         for dtype in dtypes:
             forward, backward = layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated)
-            backward = backward + [launch for part in fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated) for launch in part]
+            backward += sum(fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated), [])
             # attention_mapping reduces first, so the second reduction is tensor_ring's.
             seen: dict[str, int] = {}
             for kernel, _, args, kwargs in forward + backward:
