@@ -61,6 +61,10 @@ INLINE half float_to_half(float f) {
   return {uint16_t(sign | value.u >> 13)};
 }
 
+template <class T> INLINE T to_compute(T value) { return value; }
+INLINE float to_compute(bf16 value) { union { uint32_t u; float f; } bits = {uint32_t(value.bits) << 16}; return bits.f; }
+INLINE float to_compute(half value) { return half_to_float(value); }
+
 INLINE Vector<float> widen(Vector<float> raw, const float*) { return raw; }
 INLINE Vector<double> widen(Vector<double> raw, const double*) { return raw; }
 INLINE Vector<float> widen(Vector16 raw, const bf16*) {
