@@ -77,7 +77,7 @@ _ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor o
 
 
 def _forward(qkv, lengths, heads, dropout, seed, stream, backend):
-    """out [N, d] and log sum exp of the scores [N, heads]."""
+    """out [N, d] and log sum exp of the scores, float32 [N, heads]."""
     return backends.module("dialogue_attention", backend).forward(qkv, lengths, heads, dropout, seed, stream)
 
 
@@ -92,7 +92,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_forward")
 def _(qkv, lengths, heads, dropout, seed, stream, backend):
-    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads)]
+    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, dtype=torch.float32)]
 
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_backward")
@@ -127,7 +127,7 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropo
                        stream: int = 0, backend: str = "auto") -> Tensor:
     """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N; heads
     divides d. dropout: probability, on the attention weights; seed, stream: of its mask, by default drawn from torch's generator.
-    backend: "auto" | "torch" | "cpu", see `ada2i_fast.backends`. Returns [N, d].
+    backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d].
 
     A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
     """

@@ -107,7 +107,7 @@ def _relu_backward(grad_out, out, p, backend):
 
 
 def _norm_forward(x, bias, residual, weight, norm_bias, p, eps, seed, stream, backend):
-    """out, and mean and 1 / sqrt(var + eps) of every row, [N]."""
+    """out, and mean and 1 / sqrt(var + eps) of every row, float32 [N]."""
     return backends.module("dropout", backend).norm_forward(x, bias, residual, weight, norm_bias, p, eps, seed, stream)
 
 
@@ -135,7 +135,7 @@ def _(grad_out, out, p, backend):
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_forward")
 def _(x, bias, residual, weight, norm_bias, p, eps, seed, stream, backend):
-    return [x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])]
+    return [x.new_empty(x.shape), *(x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))]
 
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_backward")
@@ -207,7 +207,7 @@ def _prepared(x: Tensor, p: float, seed: Tensor | None, backend: str) -> tuple[s
 
 def relu_dropout(x: Tensor, bias: Tensor, *, p: float, seed: Tensor | None = None, stream: int = 0, backend: str = "auto") -> Tensor:
     """dropout(max(0, x + bias)). x: [N, d]; bias: [d]; p: probability of dropping; seed, stream: as in `keep_mask`, by default drawn
-    from torch's generator. backend: "auto" | "torch" | "cpu", see `ada2i_fast.backends`. Returns [N, d]."""
+    from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d]."""
     backend, seed = _prepared(x, p, seed, backend)
     if backend == "torch":
         return relu_dropout_torch(x, bias, p, seed, stream)

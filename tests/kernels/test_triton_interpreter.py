@@ -18,6 +18,8 @@ pytest.importorskip("ada2i_fast.kernels")
 if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
     pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
 
+import encoder_cases  # noqa: E402
+
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 
 
@@ -29,8 +31,8 @@ def keys(table: str) -> list[str]:
     raise KeyError(table)
 
 
-CASES = ["dropout", "locate", "empty", "reasons", "strides", *keys("RING"), *keys("MAPPING")]
-CASES += ["fusion-zeros", *keys("FUSION")]
+CASES = ["dropout", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
+         "fusion-zeros", *keys("FUSION"), *encoder_cases.FUSED, *encoder_cases.ATTENTION]
 
 
 def results(*options: str) -> dict[str, list]:

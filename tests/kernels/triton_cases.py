@@ -31,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
+import encoder_cases
+
 PAD = 64
 EPS = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
 FLOOR = {torch.float32: 4, torch.float16: 1, torch.bfloat16: 2}      # units in the last place
@@ -307,6 +309,58 @@ def fusion_case(checks: Checks, dtype: str, modalities: int, rows: int, width: i
         checks.against(name, a, b, c, dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------ encoders
+
+
+def fused_case(checks: Checks, x_type: str, other: str, rows: int, width: int, p: float) -> None:
+    """relu_dropout and dropout_residual_norm."""
+    from ada2i_fast.kernels import dropout
+    from ada2i_fast.ops.dropout import keep_mask
+
+    tensors, grad = encoder_cases.fused_inputs(x_type, other, rows, width)
+    seed, stream, dtype = torch.tensor([encoder_cases.SEED]), encoder_cases.STREAM, grad.dtype
+    overwritten: list = []
+    given, g, s = [inside_nan(t) for t in tensors], inside_nan(grad), inside_nan(seed) if p else None
+    with poisoned(overwritten):
+        out = dropout.relu_forward(*given[:2], p, s, stream)
+        found = {"relu": [out, *dropout.relu_backward(g, out, p)]}
+        out, mean, rstd = dropout.norm_forward(*given, p, encoder_cases.EPS, s, stream)
+        found["norm"] = [out, *dropout.norm_backward(g, *given[:4], mean, rstd, p, s, stream)]
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("statistics are float32 [N]", all(t.dtype == torch.float32 and t.shape == (rows,) for t in (mean, rstd)))
+    for op, results in found.items():
+        inputs = tensors[:2] if op == "relu" else tensors
+        types = [dtype, *(t.dtype for t in inputs)] if op == "norm" else [dtype] * 3
+        for name, expected, a, b, c in zip(encoder_cases.NAMES[op], types, results, encoder_cases.plain(op, inputs, grad, p),
+                                           encoder_cases.exact(op, inputs, grad, p)):
+            checks.true(f"dtype of {op} {name}", a.dtype == expected)
+            checks.against(f"{op} {name}", a, b, c, expected)
+    if p:
+        ones = dropout.relu_forward(torch.ones_like(tensors[0]), torch.zeros_like(tensors[1]), p, seed, stream)
+        checks.true("the mask is keep_mask", torch.equal(ones != 0, keep_mask(seed, stream, rows, width, p)))
+        checks.true("kept elements are scaled", torch.equal(ones[ones != 0].unique(), torch.tensor([1 / (1 - p)]).to(dtype)) or
+                    dtype == torch.bfloat16)
+
+
+def attention_case(checks: Checks, dtype: str, lengths: list[int], heads: int, width: int, p: float) -> None:
+    from ada2i_fast.kernels import dialogue_attention
+
+    qkv, grad = encoder_cases.attention_inputs(dtype, lengths, heads, width)
+    seed, stream, dtype = torch.tensor([encoder_cases.SEED]) if p else None, encoder_cases.STREAM, qkv.dtype
+    overwritten: list = []
+    given, s = inside_nan(qkv), inside_nan(seed) if p else None
+    with poisoned(overwritten):
+        out, *saved = dialogue_attention.forward(given, lengths, heads, p, s, stream)
+        results = [out, dialogue_attention.backward(inside_nan(grad), given, out, *saved, lengths, heads, p, s, stream)]
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("statistics are finite float32", all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in saved))
+    settings = (lengths, heads, p)
+    for name, a, b, c in zip(encoder_cases.NAMES["attention"], results, encoder_cases.plain("attention", [qkv], grad, *settings),
+                             encoder_cases.exact("attention", [qkv], grad, *settings)):
+        checks.true(f"dtype of {name}", a.dtype == dtype)
+        checks.against(name, a, b, c, dtype)
+
+
 def fusion_zeros_case(checks: Checks) -> None:
     """Norms of zero, rows without an own class, NaN, strides, an empty batch: as plain PyTorch has them."""
     from ada2i_fast.kernels import cosine_fusion
@@ -356,6 +410,42 @@ def fusion_zeros_case(checks: Checks) -> None:
                     not found[3].any() and bool(found[4].isnan().all()))
         grads = cosine_fusion.backward(found[0], empty, weight, found[2], True, *options[:3])
         checks.true("zero gradients", not any(t.any() for t in grads) and grads[2].shape == weight.shape and grads[3].shape == bias.shape)
+
+
+def large_scores_case(checks: Checks) -> None:
+    """Scores of some hundreds, all of them below 0: exp of them, or of their inverse, would be 0 or infinite."""
+    from ada2i_fast.kernels import dialogue_attention
+
+    lengths, heads, width = [20, 9, 40], 1, 16
+    qkv, grad = encoder_cases.attention_inputs("float32", lengths, heads, width)
+    qkv[:, :width] = 25.0 + qkv[:, :width]
+    qkv[:, width:2 * width] -= 25.0
+    out, *saved = dialogue_attention.forward(inside_nan(qkv), lengths, heads, 0.0, None, 0)
+    results = [out, dialogue_attention.backward(grad, inside_nan(qkv), out, *saved, lengths, heads, 0.0, None, 0)]
+    exact = encoder_cases.exact("attention", [qkv], grad, lengths, heads, 0.0)
+    plain = encoder_cases.plain("attention", [qkv], grad, lengths, heads, 0.0)
+    # Scores of size S, and what backward keeps of them, are rounded to S 2^-24: so much is a weight off, for each of the two.
+    size = ((qkv[:, :width] @ qkv[:, width:2 * width].t()).abs().max() / width ** 0.5).item()
+    for a, b, c in zip(results, plain, exact):
+        largest = c.abs().max()
+        checks.append(["large scores", ((a - c).abs().max() / largest).item(),
+                       (2 * (b - c).abs().max() / largest).item() + (8 + 2 * size) * 2.0 ** -24])
+
+
+def offsets_case(checks: Checks) -> None:
+    """Offsets of the dialogues are made once for batches of the same lengths; the batch used longest ago goes first."""
+    from ada2i_fast.kernels import dialogue_attention
+
+    device = torch.device("cpu")
+    make = dialogue_attention.dialogue_offsets
+    first = make([2, 0, 3], device)
+    checks.true("offsets", first.tolist() == [0, 2, 2, 5] and first.dtype == torch.int64)
+    for n in range(dialogue_attention.MOST_BATCHES - 1):
+        make([n], device)
+    checks.true("made once", make([2, 0, 3], device) is first)
+    make([999], device)
+    checks.true("the others go first", make([2, 0, 3], device) is first and ((0,), device) not in dialogue_attention._batches)
+    checks.true("bounded", len(dialogue_attention._batches) == dialogue_attention.MOST_BATCHES)
 
 
 # -------------------------------------------------------------------------------------------------------- shared pieces
@@ -426,7 +516,7 @@ def locate_case(checks: Checks) -> None:
 
 
 def empty_case(checks: Checks) -> None:
-    from ada2i_fast.kernels import attention_mapping, tensor_ring
+    from ada2i_fast.kernels import attention_mapping, dialogue_attention, dropout, tensor_ring
 
     for lengths in ([], [0, 0]):
         x = [torch.empty(0, 5) for _ in range(2)]
@@ -439,6 +529,15 @@ def empty_case(checks: Checks) -> None:
         grads = tensor_ring.backward(x, x, x, offsets, *weights, result[4:], [1, 0], 1.0, 0.1, 0.0, None, True)
         checks.true("zero gradients", not any(t.any() for t in grads) and
                     [t.shape for t in grads] == [t.shape for kind in (x, *weights) for t in kind])
+        out, logsum = dialogue_attention.forward(torch.empty(0, 12), lengths, 2, 0.0, None, 0)
+        grad = dialogue_attention.backward(out, torch.empty(0, 12), out, logsum, lengths, 2, 0.0, None, 0)
+        checks.true("empty attention", (out.shape, logsum.shape, grad.shape) == ((0, 4), (0, 2), (0, 12)))
+    one, bias = torch.empty(0, 5), torch.randn(5)
+    out, mean, rstd = dropout.norm_forward(one, bias, one, bias, bias, 0.0, 1e-5, None, 0)
+    checks.true("empty rows", (out.shape, mean.shape, rstd.shape) == ((0, 5), (0,), (0,)) and
+                dropout.relu_forward(one, bias, 0.0, None, 0).shape == (0, 5))
+    for grads in (dropout.norm_backward(one, one, bias, one, bias, mean, rstd, 0.0, None, 0), dropout.relu_backward(one, one, 0.0)):
+        checks.true("zero gradients of the parameters", not any(t.any() for t in grads) and grads[1].shape == (5,))
     square = [torch.randn(5, 5) for _ in range(2)]
     loss, *sign = attention_mapping.forward(x, x, square, weights[3], [0.0, 0.0])
     checks.true("zero loss", loss.item() == 0.0 and loss.dtype == torch.float32)
@@ -447,8 +546,11 @@ def empty_case(checks: Checks) -> None:
 
 
 def reason_case(checks: Checks) -> None:
-    from ada2i_fast.kernels import attention_mapping, tensor_ring
+    from ada2i_fast.kernels import attention_mapping, dialogue_attention, dropout, tensor_ring
 
+    for module in (dropout, dialogue_attention):
+        checks.true("any width", module.why_not("cpu", torch.float16, (6144,)) is None)
+        checks.true("float64", "float64" in (module.why_not("cpu", torch.float64, (7,)) or ""))
     checks.true("serves the CPU here", tensor_ring.why_not("cpu", torch.float32, (7,), 32) is None)
     checks.true("rank 33", "rank 33" in (tensor_ring.why_not("cpu", torch.float32, (7,), 33) or ""))
     checks.true("float64", "float64" in (attention_mapping.why_not("cpu", torch.float64, (7,)) or ""))
@@ -476,7 +578,8 @@ def repeat_case(checks: Checks) -> None:
 
 
 def cases(slow: bool) -> dict:
-    found = {"dropout": dropout_case, "locate": locate_case, "empty": empty_case, "reasons": reason_case, "strides": repeat_case}
+    found = {"dropout": dropout_case, "locate": locate_case, "empty": empty_case, "reasons": reason_case, "strides": repeat_case,
+             "large-scores": large_scores_case, "offsets": offsets_case}
     for name, arguments in {**RING, **(SLOW_RING if slow else {})}.items():
         found[name] = lambda checks, arguments=arguments: ring_case(checks, *arguments)
     for name, arguments in MAPPING.items():
@@ -484,6 +587,10 @@ def cases(slow: bool) -> dict:
     found["fusion-zeros"] = fusion_zeros_case
     for name, arguments in FUSION.items():
         found[name] = lambda checks, arguments=arguments: fusion_case(checks, *arguments)
+    for name, arguments in {**encoder_cases.FUSED, **(encoder_cases.SLOW_FUSED if slow else {})}.items():
+        found[name] = lambda checks, arguments=arguments: fused_case(checks, *arguments)
+    for name, arguments in {**encoder_cases.ATTENTION, **(encoder_cases.SLOW_ATTENTION if slow else {})}.items():
+        found[name] = lambda checks, arguments=arguments: attention_case(checks, *arguments)
     return found
 
 
