@@ -18,6 +18,8 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 RING = ["one-modality-rank-1", "float16-rank-3", "three-modalities"]        # in this order, until one fails
 MAPPING = ["mapping-one-row", "mapping"]
+FUSED = ["fused-one-row", "fused-57"]
+ATTENTION = ["attention-head-1", "attention-short"]
 
 # kind, file, text, replacement, cases
 MUTATIONS = [
@@ -62,6 +64,24 @@ MUTATIONS = [
     ("index", "cosine_fusion.py", "if (m == 0) & (d0 == 0):", "if (m == 0) & (d0 == 1):", ["fusion-splits"]),
     ("scale", "cosine_fusion.py", "value = factor * (summed(", "value = (summed(", ["fusion-published"]),
     ("sign", "cosine_fusion.py", "(value - along[None, :] * v)", "(value + along[None, :] * v)", ["fusion-released"]),
+    ("scale", "dropout.py", "tl.where(kept, value * keep_scale, 0.0).to", "tl.where(kept, value, 0.0).to", ["fused-57"]),
+    ("bound", "dropout.py", "mask = (rows < rows_total)[:, None]", "mask = (rows <= rows_total)[:, None]", FUSED),
+    ("index", "dropout.py", "gradients + split * D + d", "gradients + d", ["fused-57"]),
+    ("sign", "dropout.py", "(h - mean_h[:, None] - n", "(h - mean_h[:, None] + n", ["fused-57"]),
+    ("mask", "dropout.py", "g_x = tl.where(kept, g_s * keep_scale, 0.0)", "g_x = g_s", ["fused-57"]),
+    ("mask", "dropout.py", "(d0 + tl.arange(0, BLOCK_D) < D)[None, :], s - mean", "(d0 + tl.arange(0, BLOCK_D) >= 0)[None, :], s - mean", FUSED),
+    ("index", "dropout.py", "tl.store(to + D, tl.sum(sum_weight", "tl.store(to + D, tl.sum(sum_norm", FUSED),
+    ("index", "dropout.py", "    own = tl.program_id(1) * BLOCK_D\n    s, _", "    own = 0\n    s, _", ["fused-two-blocks"]),
+    ("scale", "dialogue_attention.py", "largest, total, HEADS)\n    d = own", "largest, total * 2, HEADS)\n    d = own", ATTENTION),
+    ("sign", "dialogue_attention.py", "weights * (g - delta[:, None])", "weights * (g + delta[:, None])", ["attention-short"]),
+    ("bound", "dialogue_attention.py", "        there = others < end\n        scores", "        there = others <= end\n        scores", ATTENTION),
+    ("bound", "dialogue_attention.py", "        there = others < end\n        _, g_s", "        there = others <= end\n        _, g_s", ATTENTION),
+    ("mask", "dialogue_attention.py", "inside[:, None] & others_inside[None, :], tl.exp", "inside[:, None], tl.exp", ["large-scores"]),
+    ("index", "dialogue_attention.py", "kept = keep(seed, stream, rows, place,", "kept = keep(seed, stream, rows, place * 0,", ["attention-one-dialogue"]),
+    ("index", "dialogue_attention.py", "stream + h, first, start, end, own,\n                          scale", "stream, first, start, end, own,\n                          scale", ["attention-short"]),
+    ("scale", "dialogue_attention.py", "sums * shrink[:, None], input_precision", "sums, input_precision", ["attention-one-dialogue"]),
+    ("scale", "dialogue_attention.py", "tl.store(to, (sum_k * scale)", "tl.store(to, (sum_k)", ["attention-short"]),
+    ("index", "dialogue_attention.py", "tl.store(to + WIDTH, sum_v", "tl.store(to + WIDTH, sum_k", ATTENTION),
 ]
 
 
