@@ -7,6 +7,7 @@ import sys
 import torch
 
 from ada2i_fast.modules import FeatureWeighting
+from ada2i_fast.modules.encoder import TransformerEncoder
 
 
 def main(device: str = "cuda", names: tuple[str, ...] = ("cuda", "triton")) -> int:
@@ -29,6 +30,9 @@ def main(device: str = "cuda", names: tuple[str, ...] = ("cuda", "triton")) -> i
                 print(f"{backend}: {reason}")
                 continue
             (sum(o.float().square().sum() for o in out) + loss).backward()
+            if backend == "triton":     # which is what an encoder takes by itself
+                encoder = TransformerEncoder(22, 8, 2, 1, 37, 0.5).to(device, dtype)
+                encoder(torch.randn(23, 22, device=device, dtype=dtype), [7, 0, 13, 3]).float().square().sum().backward()
             if device == "cuda":
                 torch.cuda.synchronize()
             ran += 1
