@@ -282,9 +282,10 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
     grad = torch.empty_like(qkv)
     if rows:
         meta = constants(qkv.dtype, width, heads, rows, len(lengths))
-        if meta["PRECISION"] == "ieee":
-            meta["BLOCK_N"] = 16
-        meta["num_warps"] = 8 if meta["PRECISION"] == "ieee" or meta["BLOCK_D"] > 64 else 4     # or it spills
+        if meta["PRECISION"] == "ieee":     # or it spills
+            meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4)
+        elif meta["BLOCK_D"] > 64:
+            meta.update(BLOCK_N=32, num_warps=8)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, len(lengths))
         with torch.cuda.device_of(qkv):
@@ -299,11 +300,12 @@ def grid(meta: dict, rows: int, dialogues: int) -> tuple[int, int]:
 
 
 def constants(dtype: torch.dtype, width: int, heads: int, rows: int, dialogues: int) -> dict:
-    """Compile-time sizes and modes; wide blocks of float32 spill, see `tensor_ring.constants`."""
+    """Compile-time sizes and modes; larger blocks spill, float32 first, see `tensor_ring.constants`."""
     head = width // heads
     block = min(max(16, triton.next_power_of_2(head)), 64 if dtype == torch.float32 else 128)
     return {"HEADS": heads, "HEAD": head, "OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype),
-            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4, "enable_fp_fusion": True}
+            "BLOCK_N": 16 if block > 64 else common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4,
+            "enable_fp_fusion": True}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:

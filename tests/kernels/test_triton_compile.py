@@ -13,9 +13,15 @@ import resources
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ada2i_fast.kernels import dialogue_attention
+
 # What runs for one AFW layer with its loss when all modalities have one width.
 FORWARD = Counter(project=1, contract=1, map_forward=1)
 BACKWARD = Counter(map_backward=1, backward_rows=1, backward_weights=1, reduce_splits=2)
+
+# Attention, dropout + residual + LayerNorm and bias + ReLU + dropout of an encoder layer, each once.
+ENCODER_FORWARD = Counter(attend=1, norm_rows=1, relu_rows=1)
+ENCODER_BACKWARD = Counter(attend_gradients=1, norm_gradients=1, relu_gradients=1, reduce_splits=2)
 
 
 def names(launches) -> Counter:
@@ -33,14 +39,23 @@ def test_launches_per_distinct_width():
     assert names(forward) == FORWARD + FORWARD and names(backward) == BACKWARD + BACKWARD
 
 
+@pytest.mark.parametrize("rows,dialogues,width,heads", [(500, 10, 1024, 8), (10_000, 1, 57, 1), (3, 3, 6144, 1)])
+def test_launches_of_an_encoder(rows, dialogues, width, heads):
+    forward, backward = resources.encoder(torch.float32, rows, dialogues, width, heads, 2048)
+    assert names(forward) == ENCODER_FORWARD and names(backward) == ENCODER_BACKWARD
+
+
 def test_no_launch_for_an_empty_batch():
     forward, backward = resources.layer(torch.float32, 0, 10, [300] * 3, 11, gated=True)
+    assert not forward and not backward
+    forward, backward = resources.encoder(torch.float32, 0, 10, 300, 5, 2048)
     assert not forward and not backward
 
 
 def test_grids_stay_in_bounds():
     for rows, dialogues in ((100_000, 1), (100_000, 100_000), (7, 7)):
-        for launches in resources.layer(torch.bfloat16, rows, dialogues, [500] * 3, 32, gated=False):
+        for launches in (*resources.layer(torch.bfloat16, rows, dialogues, [500] * 3, 32, gated=False),
+                         *resources.encoder(torch.float32, rows, dialogues, 6144, 1, 6144)):
             for _, grid, *_ in launches:
                 assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
 
@@ -50,6 +65,13 @@ def test_batches_do_not_recompile():
     seen = set()
     for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
         for launches in resources.layer(torch.float32, rows, dialogues, [300] * 3, 11, gated=True):
+            for kernel, _, args, kwargs in launches:
+                what, options = resources.source(kernel, args, kwargs)
+                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+    assert len(seen) == 8       # seven kernels, reduce_splits for two ops
+    seen = set()
+    for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
+        for launches in resources.encoder(torch.float32, rows, dialogues, 300, 5, 2048):
             for kernel, _, args, kwargs in launches:
                 what, options = resources.source(kernel, args, kwargs)
                 seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
@@ -66,7 +88,12 @@ def test_no_synchronisation_and_no_copies():
 
     seen: set[str] = set()
     with Watch():
+        dialogue_attention.dialogue_offsets([50] * 10, torch.device("cpu"))     # the batch before, of the same lengths
+        seen.clear()
+        resources.encoder(torch.float32, 500, 10, 300, 5, 2048)
+        encoder = set(seen)
         resources.layer(torch.float32, 500, 10, [300] * 3, 11, gated=True)
+    assert encoder <= {"empty", "empty_like", "new_empty"}, encoder
     assert seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, seen
 
 
