@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Callable, Mapping
 
 import torch
@@ -14,6 +15,53 @@ from .ops import balanced_adam
 __all__ = ["BalancedAdam"]
 
 
+class _Table:
+    """What a step needs to know of T parameters, on their device.
+
+    step: float32 [T], of which the states' `step` are views. sizes, lr, decay: float64 [T].
+    """
+
+    def __init__(self, params: list[Tensor], numbers: list[int], states: list[dict], groups: list[int],
+                 encoders: list[str | None]) -> None:
+        self.params, self.numbers, self._encoders = params, numbers, encoders
+        self.step = torch.stack([state["step"].to(params[0].device) for state in states]).float()
+        self._steps = list(self.step.unbind())
+        for state, step in zip(states, self._steps):
+            state["step"] = step
+        self.sizes = self._tensor([p.numel() for p in params])
+        self._groups, self._host = self._tensor(groups, torch.int64), None
+        self.lr, self.decay = torch.zeros_like(self.sizes), torch.zeros_like(self.sizes)
+        self._owners: dict[tuple[str, ...], Tensor] = {}
+
+    def _tensor(self, values, dtype=torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.step.device)
+
+    def fits(self, params: list[Tensor], states: list[dict]) -> bool:
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params)) and \
+            all(state.get("step") is step for state, step in zip(states, self._steps))
+
+    def refresh(self, groups: list[dict]) -> None:
+        """Copies what has changed in `param_groups`, in place; a learning rate on the device is read by the device each time."""
+        on_device = [isinstance(group["lr"], Tensor) and group["lr"].device == self.step.device for group in groups]
+        host = [(None if there else float(group["lr"]), float(group["weight_decay"])) for group, there in zip(groups, on_device)]
+        if host != self._host:
+            self.lr.copy_(self._tensor([lr or 0.0 for lr, _ in host])[self._groups])
+            self.decay.copy_(self._tensor([decay for _, decay in host])[self._groups])
+            self._host = host
+        for i, (group, there) in enumerate(zip(groups, on_device)):
+            if there:
+                torch.where(self._groups == i, group["lr"].double(), self.lr, out=self.lr)
+
+    def owner(self, modalities: tuple[str, ...]) -> Tensor:
+        """int64 [T]: 1 + the place among `modalities` of the encoder that a parameter belongs to, or 0."""
+        if modalities not in self._owners:
+            if unknown := set(modalities) - set(self._encoders):
+                raise ValueError(f"ratio: expected modalities whose encoders are optimised, got {', '.join(sorted(unknown))}")
+            self._owners[modalities] = self._tensor([modalities.index(m) + 1 if m in modalities else 0 for m in self._encoders],
+                                                    torch.int64)
+        return self._owners[modalities]
+
+
 class BalancedAdam(torch.optim.Adam):
     """Adam that keeps the modalities of an Ada2I model in balance.
 
@@ -23,14 +71,16 @@ class BalancedAdam(torch.optim.Adam):
         noise "parameter":  Adam on k_m g, then theta <- theta + N(0, lr std(g))
 
     model: an `Ada2I`; its configuration gives alpha, noise, clipping, learning rate and weight decay.  lr, weight_decay,
-    betas, eps: override.  Spreads are taken per tensor.  backend: "auto" | "torch" | "cpu", see `ada2i_fast.backends`.
+    betas, eps: override.  Spreads are taken per tensor.  backend: "auto" | "torch" | "cpu" | "cuda", see `ada2i_fast.backends`.
 
     `step(ratio)`: ratio {modality: rho_m} from the model's output, or None for a plain clipped Adam step.
     `last_norm`: the gradient norm before clipping, 0-dimensional, of the last step.
 
-    Contiguous float32 parameters on a CPU take two passes over memory (the norm, then all the rest, `ops.balanced_adam`); the
-    gradients stay as they are. Everything else is done by plain PyTorch in the gradients, which then hold what Adam saw.
-    The noise follows torch's generator either way, and without noise nothing is drawn from it.
+    Contiguous float32 parameters on a CPU or a CUDA device take two passes over memory (the norm, then all the rest,
+    `ops.balanced_adam`); the gradients stay as they are. Everything else is done by plain PyTorch in the gradients, which then hold
+    what Adam saw. The noise follows torch's generator of the device either way, and without noise nothing is drawn from it.
+    The state is that of torch.optim.Adam, `step` on the parameters' device. On CUDA a step asks the device for nothing, so a CUDA
+    graph can hold it: steps and noise advance at every replay, learning rates with `refresh`.
     """
 
     def __init__(self, model, lr: float | None = None, weight_decay: float | None = None, betas=(0.9, 0.999), eps: float = 1e-8,
@@ -43,6 +93,7 @@ class BalancedAdam(torch.optim.Adam):
         self.backend = backend
         self.last_norm: Tensor | None = None
         self._encoders = {m: list(encoder.parameters()) for m, encoder in model.net.encoder.items()}
+        self._table: _Table | None = None
 
     @torch.no_grad()
     def step(self, ratio: Mapping[str, Tensor] | None = None, closure: Callable | None = None):
@@ -72,9 +123,10 @@ class BalancedAdam(torch.optim.Adam):
             return f"the norm of clipping is L{config.clip_norm_type:g}, it knows L2"
         if config.clip_order == "after" and config.noise == "gradient" and ratio is not None:
             return "the norm is that of gradients with noise, which it does not keep"
+        device = None
         for group in self.param_groups:
-            if group["amsgrad"] or group["maximize"] or group["capturable"] or group["differentiable"]:
-                return "amsgrad, maximize, capturable and differentiable are Adam's own"
+            if group["amsgrad"] or group["maximize"] or group["differentiable"]:
+                return "amsgrad, maximize and differentiable are Adam's own"
             if group["betas"] != self.param_groups[0]["betas"] or group["eps"] != self.param_groups[0]["eps"]:
                 return "groups differ in betas or eps"
             for p in group["params"]:
@@ -82,67 +134,78 @@ class BalancedAdam(torch.optim.Adam):
                     continue
                 if p.dtype != torch.float32 or p.grad.dtype != torch.float32 or p.grad.layout != torch.strided:
                     return "it serves dense float32"
-                if not p.is_cpu or not (p.is_contiguous() and p.grad.is_contiguous()):
-                    return "it serves contiguous tensors on a CPU"
+                device = p.device if device is None else device
+                if device.type not in ("cpu", "cuda") or p.device != device:
+                    return f"it serves tensors on one CPU or CUDA device, not {p.device}"
+                if not (p.is_contiguous() and p.grad.is_contiguous()):
+                    return "it serves contiguous tensors"
                 state = self.state.get(p)
                 if state and not (state["exp_avg"].is_contiguous() and state["exp_avg"].dtype == torch.float32 and
                                   state["exp_avg_sq"].is_contiguous() and state["exp_avg_sq"].dtype == torch.float32):
                     return "it serves contiguous float32 states"
-        if self.backend == "auto":
-            served = backends.best("balanced_adam", "cpu", torch.float32, 1)
-            return None if served == "cpu" else "the native library is not there, or ADA2I_FAST_BACKEND=torch"
+        if device is not None:
+            if self.backend != "auto":
+                return None if self.backend == device.type else f"the tensors are on {device}"
+            if backends.best("balanced_adam", device.type, torch.float32, 1) != device.type:
+                return "the native library is not there, or ADA2I_FAST_BACKEND=torch"
         return None
 
     def _fused(self, ratio: Mapping[str, Tensor] | None) -> None:
-        config = self.config
-        params, numbers, steps, lr, decay = [], [], [], [], []
-        number = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                number += 1
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:                                   # as torch.optim.Adam keeps it
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                params.append(p)
-                numbers.append(number)
-                steps.append(state["step"])
-                lr.append(float(group["lr"]))
-                decay.append(float(group["weight_decay"]))
-        if not params:
+        """Everything happens where the parameters are, and nothing is asked back: a CUDA graph can hold it."""
+        config, table = self.config, self._prepared()
+        if table is None:
             self.last_norm = torch.zeros(())
             return
-        torch._foreach_add_(steps, 1)
+        params, device, backend = table.params, table.sizes.device, table.sizes.device.type
         grads = [p.grad for p in params]
-        mean, square = balanced_adam.measure(grads, backend="cpu").unbind(1)
-        sizes = torch.tensor([g.numel() for g in grads], dtype=torch.float64)
-        k = torch.ones_like(sizes)
-        modulated = torch.zeros(len(params), dtype=torch.bool)
+        table.step.add_(1)
+        ratios = key = None
         if ratio is not None:
-            place = {p: i for i, p in enumerate(params)}
-            for m, k_m in modulation_coefficients(ratio, config.alpha).items():
-                own = [place[p] for p in self._encoders[m] if p in place]
-                k[own] = k_m.to(device="cpu", dtype=torch.float64)
-                modulated[own] = True
-        squared_norms = square + sizes * mean * mean
-        norm = (squared_norms if config.clip_order == "before" else squared_norms * k * k).sum().sqrt()
-        self.last_norm = norm.float()
-        clip = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0) if config.clip_norm else torch.ones_like(norm)
-        # The spread is that of the gradient as modulation finds it: clipped where clipping comes first.
-        deviation = (square / (sizes - 1).clamp(min=1)).sqrt() * (clip if config.clip_order == "before" else 1.0)
-        t = torch.stack(steps).double()
-        lr, (beta1, beta2) = torch.tensor(lr, dtype=torch.float64), self.param_groups[0]["betas"]
-        none = torch.zeros_like(sizes)
-        settings = torch.stack((
-            clip * k, torch.tensor(decay, dtype=torch.float64), lr / (1 - beta1 ** t), (1 - beta2 ** t).rsqrt(),
-            torch.where(modulated, deviation * k + 1e-8, none) if config.noise == "gradient" else none,
-            torch.where(modulated, deviation * lr, none) if config.noise == "parameter" else none), dim=1)
-        seed = torch.randint(2 ** 63 - 1, (1,)) if ratio is not None and config.noise != "none" else None
+            ratios = torch.stack([torch.as_tensor(rho, device=device) for rho in ratio.values()]).double()
+            if config.noise != "none":
+                key = torch.randint(2 ** 63 - 1, (1,), device=device)
+        beta1, beta2 = self.param_groups[0]["betas"]
+        settings, self.last_norm, seed = balanced_adam.settings(
+            balanced_adam.measure(grads, backend=backend), table.sizes, table.step, table.lr, table.decay, table.owner(tuple(ratio or ())),
+            ratios, key, noise=config.noise, clip_norm=config.clip_norm, clip_first=config.clip_order == "before", alpha=config.alpha,
+            beta1=beta1, beta2=beta2, backend=backend)
         balanced_adam.update(params, grads, [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params],
-                             settings, numbers=numbers, seed=seed, step=int(t.max()), beta1=beta1, beta2=beta2,
-                             eps=self.param_groups[0]["eps"], backend="cpu")
+                             settings, numbers=table.numbers, seed=None if key is None else seed, beta1=beta1, beta2=beta2,
+                             eps=self.param_groups[0]["eps"], backend=backend)
+
+    def _prepared(self) -> _Table | None:
+        """What the parameters with a gradient have in common, made when they or their states have changed; None without any."""
+        params, numbers, groups = [], [], []
+        number = 0
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                number += 1
+                if p.grad is not None:
+                    params.append(p)
+                    numbers.append(number)
+                    groups.append(i)
+        if not params:
+            return None
+        states = [self.state[p] for p in params]
+        table = self._table
+        if table is None or not table.fits(params, states):
+            for p, state in zip(params, states):
+                if not state:                                   # as torch.optim.Adam keeps it, the steps being views of one tensor
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            encoders = {p: m for m, parameters in self._encoders.items() for p in parameters}
+            table = self._table = _Table(params, numbers, states, groups, [encoders.get(p) for p in params])
+        table.refresh(self.param_groups)
+        return table
+
+    def refresh(self) -> None:
+        """Brings learning rates and weight decay that have changed in `param_groups` to the device: before a CUDA graph that holds a
+        step is replayed, for there the values of the last refresh count."""
+        self._prepared()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._table = None
 
     # -- plain PyTorch -------------------------------------------------------------------------------------------------
 

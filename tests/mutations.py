@@ -44,6 +44,7 @@ RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mappi
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
+CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
 
 MUTANTS = [
     # ---- the algebra in PyTorch
@@ -117,6 +118,19 @@ MUTANTS = [
     Mutant("cuda", "index", CUDA_RING, "(65536u + r - 1) / r", "65536u / r", "the reciprocal that splits kk into (k, o) is rounded down"),
     Mutant("cuda", "index", CUDA_RING, "a.segment[j][(tile + b) * R * R + i] = sum;", "a.segment[j][tile * R * R + i] = sum;",
            "segments of a tile share a place"),
+    Mutant("cuda", "barrier", CUDA_ADAM, "    __syncthreads();\n    return shared[0]", "    return shared[0]", "no barrier inside the block's sum of gradients"),
+    Mutant("cuda", "barrier", CUDA_ADAM, "    __syncthreads();\n    if (threadIdx.x == 0) {\n        *a.norm", "    if (threadIdx.x == 0) {\n        *a.norm",
+           "no barrier before the largest step is read"),
+    Mutant("cuda", "bound", CUDA_ADAM, "e < left) {", "e < left + 1) {", "an element beyond the tensor counts among the deviations"),
+    Mutant("cuda", "bound", CUDA_ADAM, "const int64_t valid = left - d;", "const int64_t valid = left - at;", "partners of the last elements are written beyond the tensor"),
+    Mutant("cuda", "sign", CUDA_ADAM, "(2.0 * rest + away * own)", "(2.0 * rest - away * own)", "deviations about the shift, not the mean"),
+    Mutant("cuda", "scale", CUDA_ADAM, "away * away * elements(chunk)", "away * away", "chunks' means count once, not per element"),
+    Mutant("cuda", "scale", CUDA_ADAM, "spread * k + 1e-8", "spread + 1e-8", "noise on gradients without the modulation's factor"),
+    Mutant("cuda", "index", CUDA_ADAM, "at / 4 + kPairs / 4", "at / 4 + 1", "normals are paired with their neighbours"),
+    Mutant("cuda", "index", CUDA_ADAM, "normal_octet(seed, a.number[tensor], step, first + at, noise)", "normal_octet(seed, a.number[tensor], step, at, noise)",
+           "every chunk draws the noise of the first"),
+    Mutant("cuda", "mask", CUDA_ADAM, "if (a.first_chunk[middle] <= chunk) low = middle;", "if (a.first_chunk[middle] < chunk) low = middle;",
+           "a tensor's first chunk belongs to the one before"),
 ]
 
 # Backend: (build or None, tests, seconds for one run). Commands run in the copy. Triton has a runner of its own.

@@ -14,16 +14,16 @@ why_not = float32_only
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("threads", "count", "step")),
+    _fields_ = [*((name, ctypes.c_int64) for name in ("threads", "count")),
                 *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps")),
                 *((name, ctypes.c_void_p) for name in ("seed", "sizes", "numbers", "settings", "measures", "tensors"))]
 
 
-def _call(name: str, tensors: ctypes.Array, sizes: Sequence[int], *, numbers: Sequence[int] = (), step: int = 0, beta1: float = 0.0,
-          beta2: float = 0.0, eps: float = 0.0, seed: Tensor | None = None, settings: Tensor | None = None,
+def _call(name: str, tensors: ctypes.Array, sizes: Sequence[int], *, numbers: Sequence[int] = (), beta1: float = 0.0, beta2: float = 0.0,
+          eps: float = 0.0, seed: Tensor | None = None, settings: Tensor | None = None,
           measures: Tensor | None = None) -> None:
     sizes_, numbers_ = int64s(sizes), int64s(numbers)
-    call(name, _Arguments(torch.get_num_threads(), len(sizes), step, beta1, beta2, eps,
+    call(name, _Arguments(torch.get_num_threads(), len(sizes), beta1, beta2, eps,
                           *(None if t is None else t.data_ptr() for t in (seed,)), ctypes.addressof(sizes_),
                           ctypes.addressof(numbers_), *(None if t is None else t.data_ptr() for t in (settings, measures)),
                           ctypes.addressof(tensors)))
@@ -36,18 +36,19 @@ def measure(grads: Sequence[Tensor]) -> Tensor:
 
 
 def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
-           settings: Tensor, numbers: Sequence[int], seed: Tensor | None, step: int, beta1: float, beta2: float, eps: float) -> None:
+           settings: Tensor, numbers: Sequence[int], seed: Tensor | None, beta1: float, beta2: float, eps: float) -> None:
     _call("ada2i_balanced_adam_update", pointers(params, grads, exp_avg, exp_avg_sq), [p.numel() for p in params], numbers=numbers,
-          step=step, beta1=beta1, beta2=beta2, eps=eps, seed=seed, settings=settings)
+          beta1=beta1, beta2=beta2, eps=eps, seed=seed, settings=settings)
 
 
-def modulate(grads: Sequence[Tensor], settings: Tensor, numbers: Sequence[int], seed: Tensor | None, step: int) -> None:
-    _call("ada2i_balanced_adam_modulate", pointers(grads), [g.numel() for g in grads], numbers=numbers, step=step, seed=seed,
+def modulate(grads: Sequence[Tensor], settings: Tensor, numbers: Sequence[int], seed: Tensor | None) -> None:
+    _call("ada2i_balanced_adam_modulate", pointers(grads), [g.numel() for g in grads], numbers=numbers, seed=seed,
           settings=settings)
 
 
 def noise(seed: Tensor, number: int, step: int, size: int) -> Tensor:
     """The normals that `update` draws for the elements of tensor `number`; for tests."""
     out = torch.empty(size)
-    _call("ada2i_balanced_adam_noise", pointers([out]), [size], numbers=[number], step=step, seed=seed)
+    _call("ada2i_balanced_adam_noise", pointers([out]), [size], numbers=[number],
+          seed=torch.cat((seed, torch.tensor([step]))))
     return out

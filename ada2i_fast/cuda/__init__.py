@@ -18,11 +18,14 @@ from torch import Tensor
 __all__ = ["library", "load", "why_not"]
 
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cuda.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_MODALITIES = 8
 MAX_RANK = 32
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TF32 = 3
+
+CALLS = ("tensor_ring_forward", "tensor_ring_backward", "attention_mapping_forward", "attention_mapping_backward",
+         "balanced_adam_measure", "balanced_adam_settings", "balanced_adam_update")
 
 Pointers = ctypes.c_void_p * MAX_MODALITIES
 Sizes = ctypes.c_int64 * MAX_MODALITIES
@@ -37,12 +40,11 @@ def load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(f"{path} speaks version {version} of the interface, this package {ABI_VERSION}: build it again")
     handle.ada2i_cuda_error_string.argtypes = [ctypes.c_int]
     handle.ada2i_cuda_error_string.restype = ctypes.c_char_p
-    for op in ("tensor_ring", "attention_mapping"):
-        for direction in ("forward", "backward"):
-            call = getattr(handle, f"ada2i_cuda_{op}_{direction}")
-            call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], ctypes.c_int
-            size = getattr(handle, f"ada2i_cuda_{op}_{direction}_scratch")
-            size.argtypes, size.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    for name in CALLS:
+        call = getattr(handle, f"ada2i_cuda_{name}")
+        call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], ctypes.c_int
+        size = getattr(handle, f"ada2i_cuda_{name}_scratch")
+        size.argtypes, size.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
     return handle
 
 

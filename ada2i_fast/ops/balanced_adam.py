@@ -11,7 +11,12 @@ tensor's number, column = element, stream = step. In every block of 32 elements,
 by Box and Muller (1958): radius sqrt(-2 log((a + 1) 2^-32)), angle 2 pi b 2^-32. Gradients are read, not written.
 
 `measure` gives what the settings are made of, in one pass: mean and sum of squared deviations per tensor, in float64; the squared
-norm is deviations + elements * mean^2.
+norm is deviations + elements * mean^2. `settings` makes them: with the norm |g| over all tensors, clip c, and per tensor
+k = 1 - tanh(alpha rho) if it belongs to a modality of rho > 1, else 1, and std(g)
+
+    f = k min(1, c / (|g| + 1e-6)),    s_g = k std(g) + 1e-8  or  s_p = lr std(g)   where it belongs to a modality at all
+
+|g| and std(g) being those of the gradient as clipping and modulation find it: the first of the two sees the raw one.
 
 `modulate` writes f g + s_g e into the gradients instead, for an optimiser of another kind.
 """
@@ -25,9 +30,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..balance import modulation_coefficients
 from .dropout import philox_words
 
-__all__ = ["measure", "modulate", "normals", "update"]
+__all__ = ["measure", "modulate", "normals", "settings", "update"]
 
 
 def normals(seed: Tensor, number: int, step: int, size: int) -> Tensor:
@@ -43,10 +49,31 @@ def measure_torch(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack((means, torch.stack([(g.double() - mean).square().sum() for g, mean in zip(grads, means)])), dim=1)
 
 
-def update_torch(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps) -> None:
+def settings_torch(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm, clip_first, alpha, beta1,
+                   beta2) -> list[Tensor]:
+    mean, square = measures.unbind(1)
+    none, t = torch.zeros_like(sizes), step.double()
+    k = torch.ones_like(sizes)
+    if ratio is not None:
+        k = torch.cat((k[:1], modulation_coefficients({"all": ratio}, alpha)["all"]))[owner]
+    squared_norms = square + sizes * mean * mean
+    norm = (squared_norms if clip_first else squared_norms * k * k).sum().sqrt()
+    clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
+    spread = (square / (sizes - 1).clamp(min=1)).sqrt() * (clip if clip_first else 1.0)
+    noisy = owner > 0
+    made = torch.stack((
+        clip * k, decay, lr / (1 - beta1 ** t), (1 - beta2 ** t).rsqrt(),
+        torch.where(noisy, spread * k + 1e-8, none) if ratio is not None and noise == "gradient" else none,
+        torch.where(noisy, spread * lr, none) if ratio is not None and noise == "parameter" else none), dim=1)
+    seed = torch.cat((torch.zeros_like(owner[:1]) if key is None else key, step.max().long().reshape(1)))
+    return [made, norm.float(), seed]
+
+
+def update_torch(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps) -> None:
+    key, step = (None, 0) if seed is None else (seed[0], int(seed[1]))
     rows = zip(params, grads, exp_avg, exp_avg_sq, settings.tolist(), numbers)
     for p, g, m, v, (factor, decay, rate, root, to_gradient, to_parameter), number in rows:
-        noise = normals(seed, number, step, p.numel()).to(p).reshape(p.shape) if seed is not None and (to_gradient or to_parameter) else 0.0
+        noise = normals(key, number, step, p.numel()).to(p).reshape(p.shape) if seed is not None and (to_gradient or to_parameter) else 0.0
         g = factor * g + to_gradient * noise + decay * p
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -55,36 +82,45 @@ def update_torch(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, st
             p.add_(to_parameter * noise)
 
 
-def modulate_torch(grads, settings, numbers, seed, step) -> None:
+def modulate_torch(grads, settings, numbers, seed) -> None:
+    key, step = (None, 0) if seed is None else (seed[0], int(seed[1]))
     for g, (factor, _, _, _, to_gradient, _), number in zip(grads, settings.tolist(), numbers):
         g.mul_(factor)
         if seed is not None and to_gradient:
-            g.add_(to_gradient * normals(seed, number, step, g.numel()).to(g).reshape(g.shape))
+            g.add_(to_gradient * normals(key, number, step, g.numel()).to(g).reshape(g.shape))
 
 
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
 _ops.define("balanced_adam_measure(Tensor[] grads, str backend) -> Tensor")
+_ops.define("""balanced_adam_settings(Tensor measures, Tensor sizes, Tensor step, Tensor lr, Tensor decay, Tensor owner, Tensor? ratio,
+    Tensor? key, str noise, float clip_norm, bool clip_first, float alpha, float beta1, float beta2, str backend) -> Tensor[]""")
 _ops.define("""balanced_adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq,
-    Tensor settings, int[] numbers, Tensor? seed, int step, float beta1, float beta2, float eps, str backend) -> ()""")
-_ops.define("balanced_adam_modulate(Tensor(a!)[] grads, Tensor settings, int[] numbers, Tensor? seed, int step, str backend) -> ()")
+    Tensor settings, int[] numbers, Tensor? seed, float beta1, float beta2, float eps, str backend) -> ()""")
+_ops.define("balanced_adam_modulate(Tensor(a!)[] grads, Tensor settings, int[] numbers, Tensor? seed, str backend) -> ()")
 
 
 def _measure(grads, backend):
     return measure_torch(grads) if backend == "torch" else backends.module("balanced_adam", backend).measure(grads)
 
 
-def _update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps, backend):
+def _settings(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm, clip_first, alpha, beta1, beta2, backend):
+    run = backends.module("balanced_adam", backend).settings if backend == "cuda" else settings_torch
+    return run(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm, clip_first, alpha, beta1, beta2)
+
+
+def _update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps, backend):
     run = update_torch if backend == "torch" else backends.module("balanced_adam", backend).update
-    run(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps)
+    run(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps)
 
 
-def _modulate(grads, settings, numbers, seed, step, backend):
-    run = modulate_torch if backend == "torch" else backends.module("balanced_adam", backend).modulate
-    run(grads, settings, numbers, seed, step)
+def _modulate(grads, settings, numbers, seed, backend):
+    run = backends.module("balanced_adam", backend).modulate if backend == "cpu" else modulate_torch
+    run(grads, settings, numbers, seed)
 
 
 for _device in ("CPU", "CUDA"):
     _ops.impl("balanced_adam_measure", _measure, _device)
+    _ops.impl("balanced_adam_settings", _settings, _device)
     _ops.impl("balanced_adam_update", _update, _device)
     _ops.impl("balanced_adam_modulate", _modulate, _device)
 
@@ -94,13 +130,18 @@ def _(grads, backend):
     return grads[0].new_empty((len(grads), 2), dtype=torch.float64)
 
 
+@torch.library.register_fake("ada2i_fast::balanced_adam_settings")
+def _(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm, clip_first, alpha, beta1, beta2, backend):
+    return [sizes.new_empty(sizes.shape[0], 6), step.new_empty(()), owner.new_empty(2)]
+
+
 @torch.library.register_fake("ada2i_fast::balanced_adam_update")
-def _(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps, backend):
+def _(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps, backend):
     return None
 
 
 @torch.library.register_fake("ada2i_fast::balanced_adam_modulate")
-def _(grads, settings, numbers, seed, step, backend):
+def _(grads, settings, numbers, seed, backend):
     return None
 
 
@@ -109,20 +150,34 @@ def measure(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     return torch.ops.ada2i_fast.balanced_adam_measure(grads, backends.choose("balanced_adam", [g.reshape(1, -1) for g in grads[:1]], backend))
 
 
+def settings(measures: Tensor, sizes: Tensor, step: Tensor, lr: Tensor, decay: Tensor, owner: Tensor, ratio: Tensor | None = None,
+             key: Tensor | None = None, *, noise: str, clip_norm: float, clip_first: bool, alpha: float, beta1: float, beta2: float,
+             backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The settings of an update, all on one device.
+
+    measures: float64 [T, 2]; sizes, lr, decay: float64 [T]; step: float32 [T], counting this one; owner: int64 [T], 1 + the place in
+    ratio of the modality that a tensor belongs to, or 0; ratio: float64 [M], or None for neither modulation nor noise; key: int64 [1] the
+    seed of the noise. noise: "none" | "gradient" | "parameter". clip_norm: c, 0 for none. clip_first: before modulation.
+    backend: "cuda", or another for plain PyTorch. Returns settings [T, 6], the norm (float32 []) and the seed for `update` (int64 [2]).
+    """
+    return tuple(torch.ops.ada2i_fast.balanced_adam_settings(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm,
+                                                             clip_first, alpha, beta1, beta2, backend))
+
+
 def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
-           settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, step: int, beta1: float, beta2: float, eps: float,
+           settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, beta1: float, beta2: float, eps: float,
            backend: str = "auto") -> None:
     """The update above, in place on params, exp_avg and exp_avg_sq; T tensors each, contiguous, of one dtype.
 
     settings: float64 [T, 6], (f, lambda, r, c, s_g, s_p) per tensor. numbers: T distinct numbers that tell the tensors' noise
-    apart. seed: int64 [1], or None where no tensor has noise. step: below 2^32, tells the noise of steps with one seed apart.
+    apart. seed: int64 [2], a seed and a step below 2^32, which tells the noise of steps with one seed apart; or None where no tensor
+    has noise. settings and seed live where the tensors do, and no number of theirs is asked for: a CUDA graph can hold the call.
     """
     backend = backends.choose("balanced_adam", [p.detach().reshape(1, -1) for p in params[:1]], backend)
-    torch.ops.ada2i_fast.balanced_adam_update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, step, beta1, beta2, eps, backend)
+    torch.ops.ada2i_fast.balanced_adam_update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps, backend)
 
 
-def modulate(grads: Sequence[Tensor], settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, step: int = 0,
-             backend: str = "auto") -> None:
+def modulate(grads: Sequence[Tensor], settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, backend: str = "auto") -> None:
     """f g + s_g e in place of each of T gradients, contiguous, of one dtype; arguments as of `update`."""
     backend = backends.choose("balanced_adam", [g.reshape(1, -1) for g in grads[:1]], backend)
-    torch.ops.ada2i_fast.balanced_adam_modulate(grads, settings, numbers, seed, step, backend)
+    torch.ops.ada2i_fast.balanced_adam_modulate(grads, settings, numbers, seed, backend)

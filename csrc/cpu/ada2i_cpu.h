@@ -65,9 +65,9 @@ struct DialogueAttention {
 };
 
 struct BalancedAdam {
-  int64_t threads, count, step;
+  int64_t threads, count;
   double beta1, beta2, eps;
-  const int64_t* seed;      // [1], or null without noise
+  const int64_t* seed;      // [2] seed and step, or null without noise
   const int64_t* sizes;     // [T] elements
   const int64_t* numbers;   // [T] the tensors' numbers in the counter of the noise
   const double* settings;   // [T][6] factor of the gradient, weight decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), noise on g, on theta

@@ -148,7 +148,7 @@ INLINE void for_elements(const BalancedAdam* args, AdamChunk chunk, bool noisy, 
   }
   float noise[kNormals];
   for (int64_t d = 0; d < chunk.size; d += kNormals) {
-    draw(uint64_t(*args->seed), args->numbers[chunk.tensor], uint32_t(args->step), chunk.first + d, noise);
+    draw(uint64_t(args->seed[0]), args->numbers[chunk.tensor], uint32_t(args->seed[1]), chunk.first + d, noise);
     for (int64_t k = 0; k < kNormals && d + k < chunk.size; k += lanes) body(d + k, chunk.size - d - k, load(noise + k));
   }
 }
@@ -210,7 +210,7 @@ static int balanced_adam_noise(const BalancedAdam* args) {
   const int64_t size = args->sizes[0];
   for (int64_t d = 0; d < size; d += kNormals) {
     float noise[kNormals];
-    draw(uint64_t(*args->seed), args->numbers[0], uint32_t(args->step), d, noise);
+    draw(uint64_t(args->seed[0]), args->numbers[0], uint32_t(args->seed[1]), d, noise);
     for (int64_t k = 0; k < kNormals && d + k < size; ++k) out[d + k] = noise[k];
   }
   return 0;

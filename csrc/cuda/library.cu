@@ -6,4 +6,4 @@
 ADA2I_EXPORT const char* ada2i_cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 // Raised whenever an argument struct or a signature changes.
-ADA2I_EXPORT int ada2i_cuda_abi_version() { return 1; }
+ADA2I_EXPORT int ada2i_cuda_abi_version() { return 2; }

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ada2i_fast import cuda
-from ada2i_fast.cuda import attention_mapping, tensor_ring
+from ada2i_fast.cuda import attention_mapping, balanced_adam, tensor_ring
 from ada2i_fast.ops.attention_mapping import attention_mapping_torch
+from ada2i_fast.ops.balanced_adam import settings_torch, update_torch
 from ada2i_fast.ops.tensor_ring import tensor_ring_torch
 
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
@@ -84,6 +85,28 @@ MAPPINGS = {
     "many rows": Mapping((5, 8, 70), 300),
     "five": Mapping((4, 3, 2, 1, 8), 33),
     "no rows": Mapping((5, 8), 0),
+}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """sizes: elements per tensor; noise: None, "gradient" or "parameter"; mean: of the gradients, whose spread is 0.1."""
+
+    sizes: tuple[int, ...]
+    noise: str | None = None
+    mean: float = 0.05
+    misaligned: bool = False
+
+
+# Both sides of a block of 32 normals, of four elements and of a chunk; more tensors than a launch takes.
+ADAMS = {
+    "smallest": Adam((1,)),
+    "sizes": Adam((5, 31, 0, 33, 4095, 4096, 4097, 9001, 0)),
+    "noise on gradients": Adam((1, 5, 31, 33, 64, 4109, 8192), "gradient"),
+    "noise on parameters": Adam((1, 5, 31, 33, 64, 4109, 8192), "parameter"),
+    "misaligned": Adam((3, 4128, 70), "gradient", misaligned=True),
+    "far mean": Adam((1000, 5000), mean=100.0),
+    "many tensors": Adam((3, 40) * 131, "parameter"),
 }
 
 
@@ -198,10 +221,86 @@ def mapping_cuda(inputs: dict) -> dict[str, Tensor]:
     return named_mapping(loss, grads, len(inputs["x"]))
 
 
+def adam_inputs(case: Adam, mode: str) -> dict:
+    g = torch.Generator().manual_seed(13)
+    place = off_alignment if case.misaligned else (lambda t: t)
+    count = len(case.sizes)
+    settings = torch.rand(count, 6, generator=g, dtype=torch.float64) * torch.tensor([1.0, 0.1, 1e-2, 2.0, 0.3, 0.3])
+    for column, kind in ((4, "gradient"), (5, "parameter")):
+        if case.noise != kind:
+            settings[:, column] = 0
+    return {
+        "params": [place(drawn(g, torch.float32, (n,))) for n in case.sizes],
+        "grads": [place(drawn(g, torch.float32, (n,), 0.1) + case.mean) for n in case.sizes],
+        "exp_avg": [place(drawn(g, torch.float32, (n,), 0.01)) for n in case.sizes],
+        "exp_avg_sq": [place(drawn(g, torch.float32, (n,), 0.03).square()) for n in case.sizes],
+        "settings": settings, "numbers": [3 + 2 * i for i in range(count)],
+        "seed": torch.tensor([-(2 ** 61) - 77, 2 ** 31 + 5]) if case.noise else None,
+    }
+
+
+ADAM_TENSORS = ("params", "grads", "exp_avg", "exp_avg_sq")
+
+
+def named_adam(states: Sequence[Sequence[Tensor]], means: Sequence[Tensor], deviations: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean and spread of a tensor are judged together: a mean of elements that cancel is as good as the elements allow."""
+    moments = [torch.stack((mean, (d / max(g.numel(), 1)).sqrt())) for g, mean, d in zip(states[1], means, deviations)]
+    names = [f"{name}[{i}]" for name in (*ADAM_TENSORS, "moments") for i in range(len(means))]
+    return dict(zip(names, [t for kind in (*states, moments) for t in kind], strict=True))
+
+
+def adam_plain(inputs: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    states = [[t.to(dtype, copy=True) for t in inputs[name]] for name in ADAM_TENSORS]
+    filled = [g if g.numel() else g.new_zeros(1) for g in states[1]]            # nothing has mean 0 and no deviations
+    means, deviations = [g.mean() for g in filled], [(g - g.mean()).square().sum() for g in filled]
+    update_torch(*states, inputs["settings"], inputs["numbers"], inputs["seed"], 0.9, 0.999, 1e-8)
+    return named_adam(states, means, deviations)
+
+
+def adam_cuda(inputs: dict) -> dict[str, Tensor]:
+    measures = balanced_adam.measure(inputs["grads"])
+    states = [[off_alignment(t) if t.data_ptr() % 16 else t.clone() for t in inputs[name]] for name in ADAM_TENSORS]
+    balanced_adam.update(*states, inputs["settings"], inputs["numbers"], inputs["seed"], 0.9, 0.999, 1e-8)
+    return named_adam(states, *measures.unbind(1))
+
+
+def settings_inputs(count: int, modulated: bool = True) -> tuple:
+    """The tensors of `balanced_adam.settings`: squared norms of all sizes, a first step, ratios on both sides of 1."""
+    g = torch.Generator().manual_seed(17)
+    def rand(*shape):
+        return torch.rand(shape, generator=g, dtype=torch.float64)
+
+    return (torch.stack((rand(count) - 0.5, 10 ** (8 * rand(count) - 4)), 1), torch.randint(1, 10 ** 6, (count,), generator=g).double(),
+            torch.randint(1, 500, (count,), generator=g).float(), rand(count) * 1e-3, rand(count) * 0.1,
+            torch.randint(0, 4, (count,), generator=g), torch.tensor([1.0, 2.5, 1.2], dtype=torch.float64) if modulated else None,
+            torch.tensor([2 ** 61 + 3]) if modulated else None)
+
+
+SETTINGS = [dict(noise=noise, clip_norm=clip, clip_first=first, alpha=0.37, beta1=0.9, beta2=0.999)
+            for noise, clip, first in (("gradient", 2.0, True), ("parameter", 0.5, False), ("parameter", 1e9, True), ("none", 0.0, True))]
+
+
+def check_settings(count: int, modulated: bool, options: dict, device: str = "cpu") -> None:
+    """Float64 both: some ten roundings of the largest, and the logarithm within `pow`, which a step of 500 multiplies."""
+    tensors = settings_inputs(count, modulated)
+    found = balanced_adam.settings(*(t if t is None else t.to(device) for t in tensors), **options)
+    expected = settings_torch(*tensors, **options)
+    for got, want in zip(found[:2 + modulated], expected):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-7 if want.dtype == torch.float32 else 1e-11, atol=0)
+
+
 OPS: dict[str, tuple[dict, Callable, Callable, Callable]] = {
     "tensor_ring": (RINGS, ring_inputs, ring_plain, ring_cuda),
     "attention_mapping": (MAPPINGS, mapping_inputs, mapping_plain, mapping_cuda),
+    "balanced_adam": (ADAMS, adam_inputs, adam_plain, adam_cuda),
 }
+# (op, case, mode) of every check; the optimiser is float32 alone.
+CHECKS = [(op, case, mode) for op, (table, *_) in OPS.items() for case in table
+          for mode in (DTYPES if op != "balanced_adam" else ("float32",))]
+
+
+# The modes that AddressSanitizer sees, and the order of the threads there.
+SANITIZED = {"float32": "ascending", "bfloat16": "shuffled"}
 
 
 @functools.cache
@@ -263,13 +362,14 @@ def shim(path: Path):
 
 def main(path: str) -> None:
     with shim(Path(path)) as configure:
-        for op, (cases, make, _, run) in OPS.items():
-            for case in cases:
-                for mode, order in (("float32", "ascending"), ("bfloat16", "shuffled")):
-                    configure(order, 1)
-                    with kernels(mode):
-                        run(make(cases[case], mode))
-                    print(op, case, mode, flush=True)
+        for op, case, mode in CHECKS:
+            if order := SANITIZED.get(mode):
+                configure(order, 1)
+                cases, make, _, run = OPS[op]
+                with kernels(mode):
+                    run(make(cases[case], mode))
+                print(op, case, mode, flush=True)
+        check_settings(150, True, SETTINGS[0])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 #include "shim.h"
 
 #include "attention_mapping.cu"
+#include "balanced_adam.cu"
 #include "library.cu"
 #include "tensor_ring.cu"
 

@@ -71,7 +71,7 @@ namespace shim {
 
 enum class State { ready, barrier, warp, done };
 
-struct Fragments { uint32_t a[2][4], b[4][2]; float value; };
+struct Fragments { uint32_t a[2][4], b[4][2]; double value; };
 
 struct Fiber {
     ucontext_t context;
@@ -283,11 +283,11 @@ inline void guard(void* begin, void* end) {
 #define __syncwarp() shim::leave(shim::State::warp, __FILE__ ":" SHIM_TEXT(__LINE__))
 #define ADA2I_DYNAMIC_SHARED(name) unsigned char* const name = shim::machine.shared
 
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask) {   // float or double
     shim::Fragments mine;
     mine.value = v;
     const int buffer = shim::exchange(mine, "shuffle");
-    return shim::lane(buffer, (threadIdx.x % 32) ^ mask).value;
+    return static_cast<T>(shim::lane(buffer, (threadIdx.x % 32) ^ mask).value);
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {

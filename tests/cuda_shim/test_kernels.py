@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
+import types
 
 import cuda_cases as cases
 import pytest
 import shim_build
 import torch
 
-from ada2i_fast import cuda
-from ada2i_fast.cuda import attention_mapping, tensor_ring
+from ada2i_fast import Ada2I, BalancedAdam, cpu, cuda, optim
+from ada2i_fast.cpu import balanced_adam as cpu_balanced_adam
+from ada2i_fast.cuda import attention_mapping, balanced_adam, tensor_ring
+from ada2i_fast.ops.balanced_adam import normals
 from ada2i_fast.ops.dropout import keep_mask
+from model_cases import small_config
 
 pytestmark = pytest.mark.skipif(shim_build.compiler() is None, reason="no C++ compiler")
-
-EACH_CASE = [(op, case) for op, (table, *_) in cases.OPS.items() for case in table]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,7 @@ def order():
         yield configure
 
 
-@pytest.mark.parametrize("mode", cases.DTYPES)
-@pytest.mark.parametrize("op, case", EACH_CASE)
+@pytest.mark.parametrize("op, case, mode", cases.CHECKS)
 def test_against_float64(order, op, case, mode):
     order("ascending")
     first = cases.check(op, case, mode)
@@ -86,6 +88,101 @@ def test_inputs_of_any_layout(order):
     inputs["offsets"] = inputs["offsets"].repeat_interleave(2)[::2]
     for name, value in cases.ring_cuda(inputs).items():
         assert torch.equal(value, cases.ring_cuda(copies)[name]), name
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("options", cases.SETTINGS)
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_settings(order, count, options, modulated):
+    for name in cases.ORDERS:
+        order(name, seed=2)
+        cases.check_settings(count, modulated, options)
+
+
+def test_settings_keep_what_is_not_finite(order):
+    """A NaN among the gradients shows in the norm and in every factor, as it does in plain PyTorch."""
+    order("ascending")
+    measures, *rest = cases.settings_inputs(5)
+    measures[3, 1] = math.nan
+    settings, norm, _ = balanced_adam.settings(measures, *rest, **cases.SETTINGS[0])
+    assert norm.isnan() and settings[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("changes", [dict(noise="none"), dict(noise="gradient"), dict(noise="parameter", clip_order="after", weight_decay=0.1)])
+def test_optimizer_on_the_kernels(order, monkeypatch, changes):
+    """Four steps of BalancedAdam as on CUDA, beside the CPU's: the same seeds, so the same noise. The bound of
+    tests/test_optim.py for each of the two; noise is known to 3e-6 of its deviation, which is 1 on gradients and lr on parameters."""
+    if cpu.why_not():
+        pytest.skip(cpu.why_not())
+    order("descending")
+    config = small_config("released", **{**dict(clip_norm=0.5), **changes})
+    torch.manual_seed(1)
+    models = [Ada2I(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [BalancedAdam(model, lr=1e-3) for model in models]
+    ratio = {"t": torch.tensor(2.5), "a": torch.tensor(1.0), "v": torch.tensor(1.2)}
+    bridge = types.SimpleNamespace(
+        measure=lambda grads, backend: balanced_adam.measure(grads),
+        settings=lambda *tensors, backend, **options: balanced_adam.settings(*tensors, **options),
+        update=lambda *tensors, backend, **options: balanced_adam.update(*tensors, **options))
+    g = torch.Generator().manual_seed(5)
+    for step in range(4):
+        grads = [torch.randn(p.shape, generator=g) for p in models[0].parameters()]
+        for model, optimizer, ops in zip(models, optimizers, (optim.balanced_adam, bridge)):
+            for p, grad in zip(model.parameters(), grads):
+                p.grad = grad.clone()
+            torch.manual_seed(step)
+            with monkeypatch.context() as patch:
+                patch.setattr(optim, "balanced_adam", ops)
+                optimizer.step(ratio if step else None)
+        torch.testing.assert_close(*(o.last_norm for o in optimizers), rtol=1e-6, atol=0)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+        noise = {"none": 0.0, "gradient": 1e-3, "parameter": 1e-3}[config.noise] * 4 * 3e-6
+        assert ((q - p).abs() <= 2 * (2 * 2.0 ** -24 * (40 * 1e-3 * 4 + 4 * p.abs()) + noise)).all(), name
+
+
+def noise_of_update(seed, number, step, size):
+    """theta, from 0 and without an update of its own, is the noise."""
+    zeros = [[torch.zeros(size)] for _ in range(4)]
+    settings = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+    balanced_adam.update(*zeros, settings, [number], torch.tensor([seed, step]), 0.9, 0.999, 1e-8)
+    return zeros[0][0]
+
+
+@pytest.mark.parametrize("seed, number, step, size", [(5, 0, 0, 1), (-(2 ** 62), 7, 3, 9000), (2 ** 62, 2 ** 40, 2 ** 32 - 1, 4133)])
+def test_noise_is_that_of_the_cpu(order, seed, number, step, size):
+    """A function of seed, tensor, step and element. A logarithm near 1 leaves the radius near 0 an absolute error of 3e-6."""
+    order("shuffled", seed=7)
+    noise = noise_of_update(seed, number, step, size)
+    torch.testing.assert_close(noise.double(), normals(torch.tensor(seed), number, step, size), rtol=0, atol=3e-6)
+    if cpu.why_not() is None:
+        native = cpu_balanced_adam.noise(torch.tensor([seed]), number, step, size)
+        torch.testing.assert_close(noise, native, rtol=0, atol=3e-6)
+
+
+def test_without_seed_there_is_no_noise(order):
+    order("ascending")
+    inputs = cases.adam_inputs(cases.Adam((70,), "parameter"), "float32")
+    quiet = cases.adam_cuda({**inputs, "settings": inputs["settings"] * torch.tensor([1.0, 1, 1, 1, 0, 0])})
+    for name, value in cases.adam_cuda({**inputs, "seed": None}).items():
+        assert torch.equal(value, quiet[name]), name
+
+
+def test_adam_refuses_what_it_cannot_trust(order):
+    inputs = cases.adam_inputs(cases.Adam((70, 8), "parameter"), "float32")
+    states, rest = [inputs[name] for name in cases.ADAM_TENSORS], (inputs["numbers"], inputs["seed"], 0.9, 0.999, 1e-8)
+    for place, wrong, words in ((1, [inputs["grads"][0]], "grads: expected 2 tensors, got 1"),
+                                (2, [inputs["grads"][0], torch.zeros(9)], r"exp_avg\[1\]: expected .*\[8\].*got .*\[9\]"),
+                                (3, [inputs["grads"][0].double(), inputs["grads"][1]], r"exp_avg_sq\[0\]: .*got torch.float64"),
+                                (0, [torch.zeros(140)[::2], inputs["grads"][1]], r"params\[0\]: expected contiguous .*got strided")):
+        with pytest.raises(ValueError, match=words):
+            balanced_adam.update(*states[:place], wrong, *states[place + 1:], inputs["settings"], *rest)
+    with pytest.raises(ValueError, match="settings: expected contiguous torch.float64"):
+        balanced_adam.update(*states, inputs["settings"].float(), *rest)
+    with pytest.raises(ValueError, match="seed: "):
+        balanced_adam.update(*states, inputs["settings"], inputs["numbers"], torch.tensor([1]), *rest[2:])
+    with pytest.raises(ValueError, match="numbers: expected 2"):
+        balanced_adam.update(*states, inputs["settings"], [1], *rest[1:])
 
 
 def test_target_shares_the_attention(order):
@@ -166,4 +263,4 @@ def test_address_sanitizer():
                    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     result = subprocess.run([sys.executable, cases.__file__, str(library)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout[-300:] + result.stderr[-4000:])
-    assert result.stdout.count("\n") == 2 * len(EACH_CASE)
+    assert result.stdout.count("\n") == sum(mode in cases.SANITIZED for _, _, mode in cases.CHECKS)

@@ -35,7 +35,7 @@ def test_table_is_complete():
     typed = {name.partition("<")[0] for name in kernels if name.endswith(("<Float32>", "<Tf32>", "<Float16>", "<Bfloat16>"))}
     assert typed == {"project_kernel", "map_kernel", "map_backward_kernel", "input_kernel", "weight_kernel", "mapping_kernel",
                      "mapping_backward_kernel"}
-    assert len(kernels) == 4 * len(typed) + 2 * 3 + 3
+    assert len(kernels) == 4 * len(typed) + 2 * 3 + 7
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)

@@ -12,12 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
 
 import cuda_cases as cases  # noqa: E402
 
-from ada2i_fast import cuda  # noqa: E402
-from ada2i_fast.cuda import attention_mapping, tensor_ring  # noqa: E402
+from ada2i_fast import Ada2I, BalancedAdam, cuda  # noqa: E402
+from ada2i_fast.cuda import attention_mapping, balanced_adam, tensor_ring  # noqa: E402
+from model_cases import small_config  # noqa: E402
 
 pytestmark = [pytest.mark.gpu]
-
-EACH_CASE = [(op, case) for op, (table, *_) in cases.OPS.items() for case in table]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,8 +25,7 @@ def needs_library():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("mode", cases.DTYPES)
-@pytest.mark.parametrize("op, case", EACH_CASE)
+@pytest.mark.parametrize("op, case, mode", cases.CHECKS)
 def test_against_float64(op, case, mode):
     first, again = (cases.check(op, case, mode, "cuda") for _ in range(2))
     for name, value in first.items():
@@ -107,6 +105,13 @@ def test_runs_on_the_current_stream():
         assert torch.equal(value, result[name]), name
 
 
+def launches(call) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.count for e in profile.key_averages() if "ada2i" in e.key)
+
+
 def test_launches():
     """As few as csrc/cuda says: 3 forward and 5 backward; 2 and 2 for the loss."""
     inputs = cases.to(cases.ring_inputs(cases.Ring(3, (8, 12), (9, 3), dropout=0.5), "float32"), "cuda")
@@ -117,14 +122,111 @@ def test_launches():
     loss_inputs = [mapping[n] for n in ("x", "target", "weight", "bias", "coefficient")]
     sign = attention_mapping.forward(*loss_inputs)[1:]
 
-    def launches(call) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        return sum(e.count for e in profile.key_averages() if "ada2i" in e.key)
-
     assert launches(lambda: tensor_ring.forward(*arguments, *settings)) == 3
     assert launches(lambda: tensor_ring.backward(inputs["grad_out"], inputs["grad_target"], *arguments, saved, *settings)) == 5
     assert launches(lambda: attention_mapping.forward(*loss_inputs)) == 2
     assert launches(lambda: attention_mapping.backward(mapping["grad_loss"], mapping["x"], sign, mapping["weight"],
                                                        mapping["coefficient"])) == 2
+
+
+# ---- the optimiser
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("options", cases.SETTINGS)
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_settings(count, options, modulated):
+    cases.check_settings(count, modulated, options, "cuda")
+
+
+def optimised(noise: str, device: str = "cuda") -> tuple[BalancedAdam, list[list[torch.Tensor]]]:
+    """An optimizer, and four steps' gradients."""
+    torch.manual_seed(1)
+    model = Ada2I(small_config("released", noise=noise, clip_norm=0.5)).to(device)
+    g = torch.Generator().manual_seed(5)
+    grads = [[torch.randn(p.shape, generator=g).to(device) for p in model.parameters()] for _ in range(4)]
+    return BalancedAdam(model, lr=1e-3), grads
+
+
+def parameters(optimizer: BalancedAdam) -> list[torch.Tensor]:
+    return optimizer.param_groups[0]["params"]
+
+
+def ratio(device: str = "cuda") -> dict[str, torch.Tensor]:
+    return {"a": torch.tensor(1.0, device=device), "t": torch.tensor(2.5, device=device), "v": torch.tensor(1.2, device=device)}
+
+
+@pytest.mark.parametrize("noise", ["none", "gradient", "parameter"])
+def test_optimizer_agrees_with_the_cpu(noise, monkeypatch):
+    """The bound of tests/cuda_shim/test_kernels.py, and the same noise for the same seed."""
+    monkeypatch.setattr(torch, "randint", lambda high, shape, device: torch.full(shape, 2 ** 60 + 12345, device=device))
+    ends = []
+    for device in ("cpu", "cuda"):
+        optimizer, grads = optimised(noise, device)
+        for step in range(4):
+            for p, g in zip(parameters(optimizer), grads[step]):
+                p.grad = g
+            optimizer.step(ratio(device) if step else None)
+        ends.append([p.detach().cpu() for p in parameters(optimizer)])
+        state = optimizer.state_dict()["state"][0]
+        assert state["step"].device.type == device and state["step"].dtype == torch.float32 and state["step"] == 4
+    for p, q in zip(*ends):
+        allowed = 2 * (2 * 2.0 ** -24 * (40 * 1e-3 * 4 + 4 * p.abs()) + (noise != "none") * 1e-3 * 4 * 3e-6)
+        assert ((q - p).abs() <= allowed).all()
+
+
+def test_optimizer_launches():
+    optimizer, grads = optimised("gradient")
+    for p, g in zip(parameters(optimizer), grads[0]):
+        p.grad = g
+    optimizer.step(ratio())
+    assert launches(lambda: optimizer.step(ratio())) == 4          # two to measure, the settings, the update
+    assert launches(lambda: balanced_adam.measure(grads[0])) == 2
+
+
+@pytest.mark.parametrize("noise", ["none", "parameter"])
+def test_optimizer_in_a_cuda_graph(noise):
+    """Replays go on with the steps, the learning rate of the last refresh and other noise."""
+    optimizer, grads = optimised(noise)
+    static, rho = [g.clone() for g in grads[0]], ratio()
+    for p, g in zip(parameters(optimizer), static):
+        p.grad = g
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step(rho)
+    torch.cuda.current_stream().wait_stream(side)
+    start = [p.detach().clone() for p in parameters(optimizer)]
+    state = {name: [optimizer.state[p][name].clone() for p in parameters(optimizer)] for name in ("step", "exp_avg", "exp_avg_sq")}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step(rho)
+
+    def run(step) -> list[list[torch.Tensor]]:
+        for p, s in zip(parameters(optimizer), start):
+            p.data.copy_(s)
+        for name, values in state.items():
+            for p, v in zip(parameters(optimizer), values):
+                optimizer.state[p][name].copy_(v)
+        found = []
+        for i in range(1, 4):
+            for t, g in zip(static, grads[i]):
+                t.copy_(g)
+            optimizer.param_groups[0]["lr"] = 1e-3 / i
+            rho["t"].fill_(1.0 + i)
+            optimizer.refresh()
+            step()
+            found.append([p.detach().clone() for p in parameters(optimizer)])
+        assert all(optimizer.state[p]["step"] == 4 for p in parameters(optimizer))
+        return found
+
+    replayed, again, eager = run(graph.replay), run(graph.replay), run(lambda: optimizer.step(rho))
+    for a, b, c in zip(replayed, again, eager):
+        if noise == "none":
+            assert all(torch.equal(p, q) for p, q in zip(a, c))
+        else:
+            assert not any(torch.equal(p, q) for p, q, parameter in zip(a, b, parameters(optimizer)) if parameter in encoder_set(optimizer))
+
+
+def encoder_set(optimizer: BalancedAdam) -> set:
+    return {p for owned in optimizer._encoders.values() for p in owned}
