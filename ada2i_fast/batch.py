@@ -8,7 +8,10 @@ from typing import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Ada2IOutput", "DialogueBatch"]
+from .ops.cosine_fusion import NO_LABEL
+from .ops.dialogue_attention import DialogueOffsets
+
+__all__ = ["Ada2IOutput", "DialogueBatch", "FixedBatch"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,78 @@ class DialogueBatch:
         return replace(self, features={m: x.pin_memory() for m, x in self.features.items()},
                        offsets=self.offsets.pin_memory(),
                        labels=None if self.labels is None else self.labels.pin_memory())
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """A training batch whose shapes are fixed and whose content changes in place, as a CUDA graph needs it.
+
+    features {modality: [N', d_m]}, offsets int64 [B' + 1] and labels int64 [N'] as in `DialogueBatch`, but how many rows and dialogues
+    are real stands on the device only: rows beyond the first `rows` (int64 []) belong to dialogues of their own, have zero features
+    and the label -100, and change no loss, no ratio and no gradient. rows None: the rows with the label -100 are padding inside the
+    dialogues, ordinary rows but for the losses of the labels ("attended").  longest: no dialogue has more rows.
+    """
+
+    features: Mapping[str, Tensor]
+    offsets: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    longest: int
+
+    @classmethod
+    def empty(cls, like: DialogueBatch, rows: int, dialogues: int, longest: int, attended: bool = False) -> "FixedBatch":
+        """Room for batches with the modalities, dtypes and device of `like`, without content."""
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.int64, device=like.device)
+
+        return cls({m: x.new_zeros(rows, x.shape[1]) for m, x in like.features.items()}, zeros(dialogues + 1), zeros(rows),
+                   None if attended else zeros(), longest)
+
+    def fill_(self, batch: DialogueBatch) -> "FixedBatch":
+        """Takes the content of a batch with labels, without asking the device for anything. ValueError where it does not fit."""
+        n, count = batch.num_utterances, batch.num_dialogues
+        size, slots = self.num_utterances, self.offsets.numel() - 1
+        if batch.labels is None:
+            raise ValueError("labels: expected int64 [N], got None")
+        if batch.max_length > self.longest:
+            raise ValueError(f"batch: expected dialogues of at most {self.longest} utterances, got {batch.max_length}")
+        if self.rows is None:
+            if count != slots or size != count * self.longest:
+                raise ValueError(f"batch: expected {slots} dialogues, got {count}")
+            number = torch.arange(n, device=batch.device)
+            dialogue = torch.searchsorted(batch.offsets[1:], number, right=True)
+            places = dialogue * self.longest + number - batch.offsets[dialogue]
+            for m, x in self.features.items():
+                x.zero_().index_copy_(0, places, batch.features[m])
+            self.labels.fill_(NO_LABEL).index_copy_(0, places, batch.labels)
+            torch.arange(0, size + 1, self.longest, out=self.offsets)
+            return self
+        if n > size or count + -(-(size - n) // self.longest) > slots:
+            raise ValueError(f"batch: expected at most {size} utterances in at most {slots} dialogues, what is left over in dialogues of "
+                             f"{self.longest} included, got {n} in {count}")
+        for m, x in self.features.items():
+            x[:n].copy_(batch.features[m])
+            x[n:].zero_()
+        self.labels[:n].copy_(batch.labels)
+        self.labels[n:].fill_(NO_LABEL)
+        self.offsets[:count + 1].copy_(batch.offsets)
+        for i in range(count + 1, slots + 1):
+            self.offsets[i].fill_(min(n + (i - count) * self.longest, size))
+        self.rows.fill_(n)
+        return self
+
+    @property
+    def lengths(self) -> DialogueOffsets:
+        return DialogueOffsets(self.offsets, self.longest)
+
+    @property
+    def num_utterances(self) -> int:
+        """N', filler included."""
+        return self.labels.shape[0]
+
+    def beyond(self) -> Tensor | None:
+        """bool [N', 1], True where a row is filler; None where every row counts."""
+        return None if self.rows is None else torch.arange(self.num_utterances, device=self.labels.device)[:, None] >= self.rows
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from . import backends
 from .balance import modulation_coefficients, spread
-from .batch import Ada2IOutput, DialogueBatch
+from .batch import Ada2IOutput, DialogueBatch, FixedBatch
 from .config import Ada2IConfig
 from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
 from .ops import balanced_adam
@@ -49,6 +50,26 @@ class _Net(nn.Module):
         return {m: list(encoder.parameters()) for m, encoder in self.encoder.items()}
 
 
+@functools.cache
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(count)]
+
+
+def _on_streams(call: Callable[[str], Tensor], names: Sequence[str], device: torch.device) -> list[Tensor]:
+    """[call(name), ..], each on a stream of its own that starts from and ends in the current one; so does backward."""
+    current = torch.cuda.current_stream(device)
+    start, results, ends = current.record_event(), [], []
+    for name, stream in zip(names, _streams(device, len(names))):
+        stream.wait_event(start)
+        with torch.cuda.stream(stream):
+            results.append(call(name))
+            ends.append(stream.record_event())
+    for result, end in zip(results, ends):
+        current.wait_event(end)
+        result.record_stream(current)
+    return results
+
+
 class Ada2I(nn.Module):
     """Ada2I: multimodal emotion recognition in conversations with balanced modalities (ACM MM 2024, arXiv 2408.12895).
 
@@ -64,6 +85,7 @@ class Ada2I(nn.Module):
 
     config: an `Ada2IConfig`, or the released Namespace (released semantics).  backend: which implementation serves AFW,
     "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders and AMW take the best there is, with "torch" plain PyTorch.
+    `side_by_side`: on CUDA the encoders run on streams of their own, parallel branches where a CUDA graph is captured; off by default.
     The state_dict has the released names; the published head adds `net.head`.
     """
 
@@ -77,11 +99,12 @@ class Ada2I(nn.Module):
         self.config = config
         self.backend = backend
         self.net = _Net(config, backend)
+        self.side_by_side = False
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, data: DialogueBatch | Mapping[str, Any]) -> Ada2IOutput | tuple:
-        """A `DialogueBatch`, or the released dictionary {"tensor": {m: [B, T, d_m]}, "length": [B], "label_tensor": [N]}.
+    def forward(self, data: DialogueBatch | FixedBatch | Mapping[str, Any]) -> Ada2IOutput | tuple:
+        """A `DialogueBatch`, a `FixedBatch` (for CUDA graphs; its filler rows are among the results), or the released dictionary {"tensor": {m: [B, T, d_m]}, "length": [B], "label_tensor": [N]}.
 
         Returns an `Ada2IOutput`; for a dictionary the released four values, feature_loss of shape [1].
         Raises ValueError where the batch does not fit the configuration.
@@ -101,12 +124,13 @@ class Ada2I(nn.Module):
         tensors = {m: data["tensor"][m] for m in self.config.modalities}
         return DialogueBatch.from_padded(tensors, data["length"], data.get("label_tensor"))
 
-    def _run(self, batch: DialogueBatch) -> Ada2IOutput:
+    def _run(self, batch: DialogueBatch | FixedBatch) -> Ada2IOutput:
         config, net = self.config, self.net
         features = self._checked(batch)
         labels = batch.labels
+        fixed = isinstance(batch, FixedBatch)
         real = None
-        if config.padding == "attended" and min(batch.lengths, default=0) != batch.max_length:
+        if not fixed and config.padding == "attended" and min(batch.lengths, default=0) != batch.max_length:
             padded, real = DialogueBatch(features, batch.offsets, None, batch.lengths).padded()
             if config.encoder == "transformer":
                 features = padded.features
@@ -114,19 +138,23 @@ class Ada2I(nn.Module):
         else:
             offsets, lengths = batch.offsets, batch.lengths
 
-        z = []
-        for m in config.modalities:
+        def encode(m: str) -> Tensor:
             if config.encoder == "lstm":                    # the released biLSTM sees real rows only, and pads with zeros
                 z_m = net.encoder[m](features[m], batch.lengths)
-                if real is not None:
-                    z_m = z_m.new_zeros(sum(lengths), z_m.shape[1]).index_copy(0, real, z_m)
-            else:
-                z_m = net.encoder[m](features[m], lengths)
-            z.append(z_m)
+                return z_m if real is None else z_m.new_zeros(sum(lengths), z_m.shape[1]).index_copy(0, real, z_m)
+            return net.encoder[m](features[m], lengths)
 
+        if self.side_by_side and labels is not None and labels.is_cuda:
+            z = _on_streams(encode, config.modalities, labels.device)
+        else:
+            z = [encode(m) for m in config.modalities]
+        rows = None
+        if fixed and batch.rows is not None:                # rows of 0 stay 0 on their way through AFW
+            rows, beyond = batch.rows, batch.beyond()
+            z = [z_m.masked_fill(beyond, 0.0) for z_m in z]
         feature_loss = z[0].new_zeros(())
         if net.mmt is not None:
-            z, feature_loss = net.mmt(z, offsets)
+            z, feature_loss = net.mmt(z, offsets, rows)
         if real is not None:
             z = [z_m.index_select(0, real) for z_m in z]
         joint, unimodal, _, ratios = net.fc_out(z, labels)
@@ -143,7 +171,9 @@ class Ada2I(nn.Module):
 
     def _checked(self, batch: DialogueBatch) -> dict[str, Tensor]:
         """The features that the model uses, in its order; shapes are checked, values are the corpus' affair."""
-        if not isinstance(batch, DialogueBatch):
+        if isinstance(batch, FixedBatch) and self.config.encoder == "lstm":
+            raise ValueError("batch: expected a DialogueBatch, whose lengths a biLSTM needs, got a FixedBatch")
+        if not isinstance(batch, (DialogueBatch, FixedBatch)):
             raise TypeError(f"data: expected a DialogueBatch or the released dictionary, got {type(batch).__name__}")
         features = {}
         for m in self.config.modalities:

@@ -93,7 +93,7 @@ class BalancedAdam(torch.optim.Adam):
         self.backend = backend
         self.last_norm: Tensor | None = None
         self._encoders = {m: list(encoder.parameters()) for m, encoder in model.net.encoder.items()}
-        self._table: _Table | None = None
+        self.table: _Table | None = None                        # replaced when parameters, gradients or states come and go
 
     @torch.no_grad()
     def step(self, ratio: Mapping[str, Tensor] | None = None, closure: Callable | None = None):
@@ -104,7 +104,7 @@ class BalancedAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reason = self._why_not_fused(ratio)
+        reason = self.why_not_fused(ratio)
         if reason is None:
             self._fused(ratio)
         elif self.backend in ("auto", "torch"):
@@ -115,7 +115,8 @@ class BalancedAdam(torch.optim.Adam):
 
     # -- one multi-tensor pass -----------------------------------------------------------------------------------------
 
-    def _why_not_fused(self, ratio) -> str | None:
+    def why_not_fused(self, ratio: Mapping | None) -> str | None:
+        """Why a step with such a ratio is not one multi-tensor pass but plain PyTorch, or None. Looks at the gradients there are."""
         config = self.config
         if self.backend == "torch":
             return "it is not asked for"
@@ -143,11 +144,11 @@ class BalancedAdam(torch.optim.Adam):
                 if state and not (state["exp_avg"].is_contiguous() and state["exp_avg"].dtype == torch.float32 and
                                   state["exp_avg_sq"].is_contiguous() and state["exp_avg_sq"].dtype == torch.float32):
                     return "it serves contiguous float32 states"
-        if device is not None:
-            if self.backend != "auto":
-                return None if self.backend == device.type else f"the tensors are on {device}"
-            if backends.best("balanced_adam", device.type, torch.float32, 1) != device.type:
-                return "the native library is not there, or ADA2I_FAST_BACKEND=torch"
+        device = device or self.param_groups[0]["params"][0].device
+        if self.backend != "auto":
+            return None if self.backend == device.type else f"the tensors are on {device}"
+        if backends.best("balanced_adam", device.type, torch.float32, 1) != device.type:
+            return "the native library is not there, or ADA2I_FAST_BACKEND=torch"
         return None
 
     def _fused(self, ratio: Mapping[str, Tensor] | None) -> None:
@@ -187,25 +188,26 @@ class BalancedAdam(torch.optim.Adam):
         if not params:
             return None
         states = [self.state[p] for p in params]
-        table = self._table
+        table = self.table
         if table is None or not table.fits(params, states):
             for p, state in zip(params, states):
                 if not state:                                   # as torch.optim.Adam keeps it, the steps being views of one tensor
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             encoders = {p: m for m, parameters in self._encoders.items() for p in parameters}
-            table = self._table = _Table(params, numbers, states, groups, [encoders.get(p) for p in params])
+            table = self.table = _Table(params, numbers, states, groups, [encoders.get(p) for p in params])
         table.refresh(self.param_groups)
         return table
 
     def refresh(self) -> None:
         """Brings learning rates and weight decay that have changed in `param_groups` to the device: before a CUDA graph that holds a
         step is replayed, for there the values of the last refresh count."""
-        self._prepared()
+        if self.table is not None:
+            self.table.refresh(self.param_groups)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        self._table = None
+        self.table = None
 
     # -- plain PyTorch -------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ class FeatureWeighting(nn.Module):
     default onwards around the list (m <- m + 1, m + 2, ..).  feature_target: "attention" | "gated".
     feature_reduction: "sum" | "mean" over modalities.  backend: as in `ada2i_fast.ops`.
 
-    Called with M tensors [N, D_m] and dialogue offsets int64 [B + 1]; returns (M tensors [N, D_m], feature_loss).
+    Called with M tensors [N, D_m], dialogue offsets int64 [B + 1], and rows int64 [] where only the first so many of N count for the
+    feature loss, the others being 0; returns (M tensors [N, D_m], feature_loss).
     """
 
     def __init__(self, widths: Sequence[int], rank: int, layers: int = 2, beta: float = 0.01, dropout: float = 0.5, *,
@@ -105,7 +106,7 @@ class FeatureWeighting(nn.Module):
         self.backend = backend
         self.layers = nn.ModuleList(_Layer(widths, rank) for _ in range(layers))
 
-    def forward(self, x: Sequence[Tensor], offsets: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Sequence[Tensor], offsets: Tensor, rows: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         x = list(x)
         if len(x) != len(self.widths):
             raise ValueError(f"x: expected {len(self.widths)} modalities, got {len(x)}")
@@ -126,7 +127,7 @@ class FeatureWeighting(nn.Module):
             if self.training:
                 feature_loss = feature_loss + attention_mapping(
                     x, target, [fc.weight for fc in layer.wmn.fc], [fc.bias for fc in layer.wmn.fc],
-                    reduction=self.feature_reduction, backend=self.backend)
+                    reduction=self.feature_reduction, rows=rows, backend=self.backend)
             x = out
         return x, feature_loss
 

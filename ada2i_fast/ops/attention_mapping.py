@@ -103,10 +103,11 @@ class _AttentionMapping(torch.autograd.Function):
 
 
 def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor], *,
-                      reduction: str = "sum", backend: str = "auto") -> Tensor:
+                      reduction: str = "sum", rows: Tensor | None = None, backend: str = "auto") -> Tensor:
     """L1 distance between Phi(x) and its target, M modalities.
 
-    x, target: M tensors [N, D_j]; weight [D_j, D_j], bias [D_j]; reduction "sum" | "mean", see above.
+    x, target: M tensors [N, D_j]; weight [D_j, D_j], bias [D_j]; reduction "sum" | "mean", see above. rows: int64 [], on the device of x:
+    only so many rows count, and N is that number; x has to be 0 in the others.
     backend: "auto" | "torch" | "cpu" | "triton" | "cuda", see `ada2i_fast.backends`.
 
     Everything is computed in the dtype of x, to which the others are cast, with sums in float32 (float64 for float64); autocast
@@ -119,6 +120,10 @@ def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Seq
         raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
     target, weight, bias = ([t if t.dtype == dtype else t.to(dtype) for t in tensors] for tensors in (target, weight, bias))
     backend = backends.choose("attention_mapping", x, backend)
+    if rows is not None:                                        # Phi 0 = phi: a difference, and a sign, of exactly 0
+        beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
+        target = [torch.where(beyond, b.detach(), t) for b, t in zip(bias, target)]
+        return attention_mapping(x, target, weight, bias, reduction=reduction, backend=backend) * x[0].shape[0] / rows
     if backend == "torch":
         with torch.autocast(x[0].device.type, enabled=False):
             return attention_mapping_torch(x, target, weight, bias, coefficients(target, reduction))

@@ -26,6 +26,8 @@ from .. import backends
 
 __all__ = ["cosine_fusion"]
 
+NO_LABEL = -100      # ignore_index of torch's losses: a row without a score
+
 
 def cosine_fusion_torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None, amw: bool,
                         cosine_norm: str, scale: float, score_from: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -52,7 +54,9 @@ def cosine_fusion_torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor |
         log_prob = F.log_softmax(unimodal, dim=2, dtype=_precise(unimodal))
         scores = ratio = None
         if labels is not None:
-            scores = log_prob.gather(2, labels.expand(count, -1)[:, :, None]).exp().sum(dim=(1, 2))
+            without = labels == NO_LABEL
+            given = log_prob.gather(2, labels.masked_fill(without, 0).expand(count, -1)[:, :, None]).exp()
+            scores = given.masked_fill(without[:, None], 0.0).sum(dim=(1, 2))
             ratio = scores / scores.min()
     return joint, log_prob, scores, ratio
 
@@ -138,7 +142,8 @@ def cosine_fusion(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None,
                   backend: str = "auto") -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Joint logits of M modalities and how well each does alone, see above.
 
-    hidden: M tensors [N, D]; weight [C, M D], block m being W_m^T; bias [C] or None; labels int64 [N], each below C, or None.
+    hidden: M tensors [N, D]; weight [C, M D], block m being W_m^T; bias [C] or None; labels int64 [N], 0 to C - 1 or -100 for a row
+    without a score, or None.
     amw: cosines, or a linear map of the concatenation; cosine_norm "features" | "classes"; scale: s; score_from "cosine" | "linear".
     backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`.
 

@@ -11,7 +11,7 @@ The mask of head h is that of `ops.dropout` for stream + h: row n of the batch, 
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from .. import backends
 from .dropout import philox_words, threshold
 
-__all__ = ["dialogue_attention"]
+__all__ = ["DialogueOffsets", "dialogue_attention"]
+
+
+class DialogueOffsets(NamedTuple):
+    """Lengths that stand on the device: dialogue b owns rows offsets[b] : offsets[b + 1] (int64 [B + 1]), of which there are at most
+    `longest`. With them the launches of an op depend on B, `longest` and N alone."""
+
+    offsets: Tensor
+    longest: int
 
 
 def dialogue_attention_torch(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float) -> Tensor:
@@ -49,6 +57,20 @@ def dialogue_attention_torch(qkv: Tensor, lengths: Sequence[int], heads: int, dr
     blocks = qkv.index_select(0, order).split([n * len(starts) for n, starts in groups.items()])
     out = [attend(block, len(starts), n) for block, (n, starts) in zip(blocks, groups.items())]
     return torch.cat(out).index_select(0, torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device)))
+
+
+def dialogue_attention_offsets(qkv: Tensor, lengths: DialogueOffsets, heads: int, dropout: float) -> Tensor:
+    """In plain PyTorch, with the device's offsets: every dialogue padded to the longest, one masked product, the padding left behind."""
+    (rows, width), (offsets, longest) = (qkv.shape[0], qkv.shape[1] // 3), lengths
+    place = torch.arange(longest, device=qkv.device)
+    rows_of = (offsets[:-1, None] + place).clamp(max=rows - 1)
+    # A dialogue without rows attends to a row that is nobody's result.
+    real = (place < offsets.diff()[:, None]) | (place == 0)
+    q, k, v = qkv.index_select(0, rows_of.flatten()).view(-1, longest, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :], dropout_p=dropout)
+    number = torch.arange(rows, device=qkv.device)
+    dialogue = torch.searchsorted(offsets[1:], number, right=True)
+    return out.transpose(1, 2).reshape(-1, width).index_select(0, dialogue * longest + number - offsets[dialogue])
 
 
 def dialogue_attention_seeded(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float, seed: Tensor | None,
@@ -123,21 +145,27 @@ class _DialogueAttention(torch.autograd.Function):
         return result, None, None, None, None, None, None
 
 
-def dialogue_attention(qkv: Tensor, lengths: Sequence[int], heads: int, *, dropout: float = 0.0, seed: Tensor | None = None,
+def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, heads: int, *, dropout: float = 0.0, seed: Tensor | None = None,
                        stream: int = 0, backend: str = "auto") -> Tensor:
-    """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N; heads
-    divides d. dropout: probability, on the attention weights; seed, stream: of its mask, by default drawn from torch's generator.
-    backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d].
+    """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N, or the
+    `DialogueOffsets` of a CUDA graph, whose numbers nobody checks; heads divides d. dropout: probability, on the attention weights;
+    seed, stream: of its mask, by default drawn from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see
+    `ada2i_fast.backends`. Returns [N, d].
 
     A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
     """
-    rows = sum(lengths)
+    on_device = isinstance(lengths, DialogueOffsets)
+    if on_device and not lengths.offsets.is_cuda and backend != "torch":
+        lengths, on_device = lengths.offsets.diff().tolist(), False
+    rows = qkv.shape[0] if on_device else sum(lengths)
     if rows != qkv.shape[0]:
         raise ValueError(f"lengths: expected them to sum to {qkv.shape[0]} (the rows of qkv), got {rows}")
     if qkv.shape[1] % (3 * heads):
         raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {list(qkv.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    if on_device:
+        return dialogue_attention_offsets(qkv, lengths, heads, dropout)
     backend = backends.choose("dialogue_attention", [qkv], backend)
     if dropout == 0.0:
         seed = None

@@ -2,6 +2,7 @@
 // Classes are padded with zeros to whole tiles, widths to whole vectors. Inside a block numbers per row lie side by side, class by
 // class, so that softmax and norms are arithmetic of whole vectors. Sums over rows have a fixed order, whatever the threads.
 
+constexpr int64_t kNoLabel = -100;      // ignore_index of torch's losses
 constexpr int64_t kFusionRows = 32;      // rows of a block; a multiple of every vector
 constexpr int64_t kFusionChunks = 16;    // at most as many partial weight gradients
 constexpr int kTall = 4, kClasses = 3;   // a tile: 12 accumulators, as many as 16 registers have room for
@@ -164,7 +165,7 @@ template <class S> static int cosine_fusion_forward(const CosineFusion* args) {
             if (!args->labels) continue;
             const int64_t y = args->labels[n];
             if (y >= 0 && y < C) score += double(exponential(broadcast(logits[y * kFusionRows + i]))[0]);
-            else if (n < outside) outside = n;
+            else if (y != kNoLabel && n < outside) outside = n;
           }
         }
         partial.data[block * M + m] = score;
