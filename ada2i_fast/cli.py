@@ -260,7 +260,7 @@ def _train(args) -> int:
     try:
         found = fit(corpus, config, output, seeds=seeds, resume=args.resume is not None, device=device, backend=args.backend,
                     tensorboard=args.tensorboard, checkpoint_every=args.checkpoint_every, corpus_path=path,
-                    say=(lambda line: None) if args.quiet else _say, bar=bar)
+                    say=(lambda line: None) if args.quiet else _say, bar=bar, graphs=args.graph)
     except KeyboardInterrupt:
         print(f"ada2i-fast: interrupted; continue with: ada2i-fast train --resume {output}", file=sys.stderr)
         return 130
@@ -579,6 +579,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", metavar="DIR", help="continue the interrupted run in DIR, to the same numbers")
     _machine(p)
     p.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between checkpoints for --resume (default 1)")
+    p.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: ordinary training steps, no CUDA graphs")
     p.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="no TensorBoard curves")
     p.add_argument("-q", "--quiet", action="store_true", help="only the results")
     group = p.add_argument_group("options of the method and of training", "The default is the preset's.")

@@ -13,12 +13,13 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from ..balance import modulation_coefficients
+from ..batch import DialogueBatch
 from ..config import Ada2IConfig
 from ..data.corpus import Corpus, tenth
 from ..model import Ada2I
 from ..optim import BalancedAdam
 from . import checkpoint
+from .graph import GraphedStep
 from .files import RunError, need, read_json, write_csv, write_json
 from .logs import Board, epoch_columns, results, write_results
 from .metrics import evaluate
@@ -72,10 +73,38 @@ def batches(corpus: Corpus, conversations: Sequence[int], config: Ada2IConfig) -
         yield corpus.batch(conversations[start:start + config.batch_size], modalities=config.modalities)
 
 
+def ahead(found: Iterable[DialogueBatch], device: torch.device) -> Iterable[DialogueBatch]:
+    """The batches on the device; on CUDA the next one is already on its way, on a stream of its own. On a CPU as they are."""
+    if device.type != "cuda":
+        yield from found
+        return
+    stream = torch.cuda.Stream(device)
+
+    def send(batch: DialogueBatch) -> tuple[DialogueBatch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return batch.pin_memory().to(device, non_blocking=True), stream.record_event()
+
+    def arrived(batch: DialogueBatch, event: torch.cuda.Event) -> DialogueBatch:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(event)
+        for t in (*batch.features.values(), batch.offsets, *(() if batch.labels is None else (batch.labels,))):
+            t.record_stream(current)                        # its memory is not given away before `current` is through with it
+        return batch
+
+    waiting = None
+    for batch in found:
+        sent = send(batch)
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = sent
+    if waiting is not None:
+        yield arrived(*waiting)
+
+
 def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, seeds: Sequence[int] | None = None,
         resume: bool = False, device: str | torch.device = "cpu", backend: str = "auto", tensorboard: bool = True,
         checkpoint_every: int = 1, corpus_path: str | None = None, say: Callable[[str], None] | None = None,
-        bar: bool = False) -> dict[str, Any]:
+        bar: bool = False, graphs: bool = True) -> dict[str, Any]:
     """Trains once per seed, tests the state of the best development W-F1, and writes everything into `output_dir`.
 
     Per epoch, as in the released code: shuffle the training conversations (from the last order on), batches of consecutive
@@ -86,7 +115,7 @@ def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, s
     seeds: default [config.seed].  resume: goes on where a run in `output_dir` was interrupted, with the numbers that it would
     have had; finished seeds are read back.  device, backend: see `resolve_device` and `Ada2I`.  checkpoint_every: epochs
     between checkpoints for resuming.  corpus_path: remembered in the checkpoints.  say: receives lines of progress.
-    bar: a progress bar per epoch on stderr.
+    bar: a progress bar per epoch on stderr.  graphs: on CUDA steps are CUDA graphs where they can be, see `GraphedStep`.
 
     Files: seed-<n>/{checkpoint.pt, best.pt, epochs.csv, result.json}, tensorboard/, results.csv, results.json.
 
@@ -127,7 +156,7 @@ def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, s
             raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
         say(f"seed {seed} ({number} of {len(seeds)})")
         with _own_random_state(device):
-            run = _Run(corpus, config.replace(seed=seed), directory, device, backend, checkpoint_every, corpus_path, say, bar)
+            run = _Run(corpus, config.replace(seed=seed), directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs)
             board = os.path.join(output_dir, "tensorboard", f"seed-{seed}") if tensorboard else None
             per_seed.append(run.go(resume, board))
     found = results(per_seed)
@@ -152,7 +181,7 @@ class _State:
 class _Run:
     """One seed."""
 
-    def __init__(self, corpus, config, directory, device, backend, checkpoint_every, corpus_path, say, bar) -> None:
+    def __init__(self, corpus, config, directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs) -> None:
         self.corpus, self.config, self.directory, self.device = corpus, config, directory, device
         self.every, self.say, self.bar = checkpoint_every, say, bar
         self.about = checkpoint.describe(corpus, corpus_path)
@@ -160,6 +189,8 @@ class _Run:
         torch.manual_seed(config.seed)                      # every device
         self.model = Ada2I(config, backend=backend).to(device)
         self.optimizer = BalancedAdam(self.model)
+        self.step = GraphedStep(self.model, self.optimizer, mode="auto" if graphs else "eager")
+        self.told: str | None = ""                          # why steps are no CUDA graphs, as the user knows it
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "min", factor=config.scheduler_factor, patience=config.scheduler_patience)
         self.dev = [batch.to(device) for batch in batches(corpus, dev, config)]
@@ -195,6 +226,9 @@ class _Run:
         lr = self.optimizer.param_groups[0]["lr"]
         start = time.perf_counter()
         row = {"epoch": epoch, **self._train(epoch)}
+        if self.device.type == "cuda" and self.step.why_not() != self.told:
+            self.told = self.step.why_not()
+            self.say(f"training steps are {f'ordinary ones, no CUDA graphs: {self.told}' if self.told else 'CUDA graphs'}")
         trained = time.perf_counter()
         if not math.isfinite(row["train_loss"]):
             state.stopped = f"the training loss became {row['train_loss']} in epoch {epoch}"
@@ -233,28 +267,20 @@ class _Run:
 
     def _train(self, epoch: int) -> dict[str, float]:
         """One pass over the training conversations; no host synchronisation before its end."""
-        config, names = self.config, self.config.modalities
+        config = self.config
         modulate = config.modulation and config.modulation_start <= epoch <= config.modulation_end
         self.generator.shuffle(self.order)
         self.model.train()
-        losses, feature_losses, ratios = [], [], []
+        results = []
         total = math.ceil(len(self.order) / config.batch_size)
-        for batch in self._progress(batches(self.corpus, self.order, config), total, f"epoch {epoch}/{config.epochs}"):
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device, non_blocking=True)
-            self.optimizer.zero_grad()
-            out = self.model(batch)
-            out.loss.backward()
-            self.optimizer.step(out.ratio if modulate else None)
-            losses.append(out.loss.detach())
-            feature_losses.append(out.feature_loss.detach())
-            ratios.append(torch.stack([out.ratio[m] for m in names]))
-        ratio = torch.stack(ratios)                         # [steps, M]
-        row = {"train_loss": sum(torch.stack(losses).tolist()), "feature_loss": sum(torch.stack(feature_losses).tolist())}
-        coefficient = modulation_coefficients({m: ratio[:, i] for i, m in enumerate(names)}, config.alpha)
-        for i, m in enumerate(names):
-            row[f"ratio_{m}"] = ratio[:, i].mean().item()
-            row[f"coefficient_{m}"] = coefficient[m].mean().item() if modulate else 1.0
+        on_device = ahead(batches(self.corpus, self.order, config), self.device)
+        for batch in self._progress(on_device, total, f"epoch {epoch}/{config.epochs}"):
+            results.append(self.step(batch, modulate))
+        row = {name: sum(torch.stack([getattr(r, key) for r in results]).tolist())
+               for name, key in (("train_loss", "loss"), ("feature_loss", "feature_loss"))}
+        for m in config.modalities:
+            row[f"ratio_{m}"] = torch.stack([r.ratio[m] for r in results]).mean().item()
+            row[f"coefficient_{m}"] = torch.stack([r.coefficient[m] for r in results]).mean().item()
         return row
 
     def _progress(self, items: Iterable, total: int, title: str) -> Iterable:
