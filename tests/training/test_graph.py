@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu
 from ada2i_fast.batch import FixedBatch
 from ada2i_fast.ops import attention_mapping, cosine_fusion, dialogue_attention
 from ada2i_fast.ops.dialogue_attention import DialogueOffsets
-from ada2i_fast.training import GraphedStep, graph
+from ada2i_fast.training import GraphedStep
+from ada2i_fast.training.loop import ahead
 from model_cases import WIDTHS, padded_case, small_config, spread_parameters
 
 NATIVE = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -333,3 +336,94 @@ def test_a_failed_capture_is_told_once(pretend, monkeypatch):
     assert all(s["step"] == 2 for s in step.optimizer.state.values())
     with pytest.raises(RuntimeError, match="not permitted"):
         GraphedStep(model, BalancedAdam(model), mode="graph")(batch)
+
+
+# ---- launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something: neither views nor allocations. A native op is one, however many launches it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if not views and not function._schema.name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")):
+            self.found[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@NATIVE
+@pytest.mark.parametrize("form, most", [("packed", 354), ("fixed", 398)])
+def test_a_step_launches_no_more_than_it_did(form, most):
+    """Operators of a step with dropout, modulation and noise (two layers of everything, three modalities), on the native CPU ops, whose
+    places the GPU's take. Fewer are welcome: then the limit here goes down."""
+    model = model_of("published", torch.float32, "auto", dropout=0.4, noise="parameter")
+    step = GraphedStep(model, BalancedAdam(model))
+    batch = batch_of(LENGTHS[0], torch.float32)
+    data = batch if form == "packed" else fixed_of(batch, model).fill_(batch)
+    step._step(data, True)
+    with Launches() as launches:
+        step._step(data, True)
+    counts = launches.found
+    optimizer = {name: count for name, count in counts.items() if "balanced_adam" in name}
+    assert optimizer == {f"ada2i_fast::balanced_adam_{part}": 1 for part in ("measure", "settings", "update")}
+    assert counts.total() <= most, (counts.total(), counts.most_common())
+
+
+def test_batches_on_a_cpu_stay_as_they_are():
+    host = [batch_of(lengths) for lengths in LENGTHS]
+    assert all(a is b for a, b in zip(host, ahead(iter(host), torch.device("cpu")), strict=True))
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["published", "released"])
+def test_graphs_on_a_gpu(preset):
+    """Losses of replayed steps are as near to float64 as those of ordinary steps in float32, twice over, and as many steps were taken."""
+    settings = dict(preset=preset, dtype=torch.float32, backend="auto", steps=12, device="cuda")
+    exact = trajectory("eager", preset, steps=12)
+    graphed, usual = trajectory("graph", **settings), trajectory("eager", **settings)
+    assert graphed[0].why_not() is None and graphed[0]._captured and all(c.graph is not None for c in graphed[0]._captured.values())
+    assert all(s["step"] == 12 for s in graphed[0].optimizer.state.values())
+    losses = [torch.stack([r.loss for r in results]).double().cpu() for _, results, _ in (exact, usual, graphed)]
+    assert (losses[2] - losses[0]).abs().max() <= 2 * (losses[1] - losses[0]).abs().max() + 32 * 2.0 ** -24 * losses[0].abs().max()
+    for e, u, got in zip(exact[2], usual[2], graphed[2]):
+        e = e.cuda()
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 32 * 2.0 ** -24 * e.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [dict(dropout=0.4), dict(noise="parameter"), dict(dropout=0.4, context="bfloat16")])
+def test_every_replay_draws_anew(changes):
+    context = (lambda: torch.autocast("cuda", torch.bfloat16)) if changes.pop("context", None) else contextlib.nullcontext
+    ends = []
+    for seed in (1, 1, 2):
+        model = model_of("published", torch.float32, "auto", "cuda", **changes)
+        step = GraphedStep(model, BalancedAdam(model, lr=0.0 if "dropout" in changes else 1e-3), mode="graph", context=context)
+        torch.manual_seed(seed)
+        batch = batch_of(LENGTHS[0], torch.float32, device="cuda")
+        ends.append([step(batch).loss.item() for _ in range(4)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5) and len({*ends[0], *ends[2]}) > 4
+
+
+@pytest.mark.gpu
+def test_encoders_side_by_side():
+    """Streams change nothing but the time: outcomes are those of one stream."""
+    model, batch = model_of("published", torch.float32, "auto", "cuda"), batch_of(LENGTHS[2], torch.float32, device="cuda")
+    expected = outcome(model, batch)
+    model.side_by_side = True
+    for _ in range(5):
+        for name, value in outcome(model, batch).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * expected[name].abs().max().item(), msg=name)
+
+
+@pytest.mark.gpu
+def test_batches_arrive_ahead():
+    host = [batch_of(lengths, torch.float32, i) for i, lengths in enumerate(LENGTHS * 4)]
+    for before, after in zip(host, ahead(iter(host), torch.device("cuda")), strict=True):
+        assert all(torch.equal(after.features[m].cpu(), x) for m, x in before.features.items()) and torch.equal(after.labels.cpu(), before.labels)
