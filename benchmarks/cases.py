@@ -62,7 +62,8 @@ class Case:
 
     def implementations(self, device: str) -> list[str]:
         return ["textbook", *(["compiled"] if self.compiled else []), "algebra",
-                *(["cpu"] if device == "cpu" else ["triton", "cuda"])]
+                *(["cpu"] if device == "cpu" else ["triton", "cuda"]),
+                *(["graph"] if device != "cpu" and self.op == "model" and self.mode == "training" else [])]
 
 
 def cases(op: str, compiled: set[tuple[str, str, str]], modes: tuple[str, ...] = ("training", "evaluation")) -> list[Case]:

@@ -31,15 +31,17 @@ measure() { part "$1" "$2" "$PYTHON" -m benchmarks.run --results "$OUT" --name "
 # Only this card's code: a fraction of the build time.
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)}
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
-part build 110 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
-part info 20 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
-part tests 100 "$PYTHON" -m pytest -q -m gpu tests
-measure layer 100 -k "test_afw_layer and not mosei"
-measure model 120 -k "test_model and not mosei"
-measure scaling 50 -m scaling
+part build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
+part info 15 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
+part tests 110 "$PYTHON" -m pytest -q -m gpu tests
+measure layer 70 -k "test_afw_layer and not mosei"
+# Whole steps, eager and as CUDA graphs, in float32 and bf16; compiling the textbook is slow, so for one shape only.
+measure model 130 -k "test_model and not mosei and not (meld and compiled)"
+measure tf32 45 --tf32 -k "test_model and training-float32 and not mosei and not released and not compiled"
+measure scaling 30 -m scaling
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
-        part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitizer_case
+        part "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitizer_case
     done
 else
     summary+=("compute-sanitizer: not found")

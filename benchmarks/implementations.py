@@ -6,6 +6,7 @@
 | compiled | torch.compile of the textbook, sizes static |
 | algebra | the backend `torch`: packed rows and the algebraic rewrite in plain PyTorch |
 | cpu, triton, cuda | the native backends, on packed rows |
+| graph | training steps of the model on CUDA: the best backends, each step one CUDA graph (`training.GraphedStep`) |
 
 `build(case, implementation, device)` gives a `Competitor`. Whoever cannot run here raises `Unavailable` with the reason.
 """
@@ -25,10 +26,11 @@ from torch.nn import functional as F
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, backends, ops, reference
 from ada2i_fast.modules import FeatureWeighting
 from ada2i_fast.reference.model import FeatureWeightingLayer
+from ada2i_fast.training.graph import GraphedStep
 
 from .cases import Case
 
-BACKEND = {"algebra": "torch", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
+BACKEND = {"algebra": "torch", "cpu": "cpu", "triton": "triton", "cuda": "cuda", "graph": "auto"}
 _textbook = sys.modules["ada2i_fast.reference.model"]
 
 
@@ -351,6 +353,12 @@ class _Model(Competitor):
         self.free = (*self.model.parameters(), *(tensors.values() if self.padded else self.arguments[0].features.values()))
         self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if case.dtype == "bfloat16" and not exact else \
             contextlib.nullcontext
+        self.step = None
+        if implementation == "graph":
+            try:
+                self.step = GraphedStep(self.model, self.optimizer, mode="graph", context=self.autocast)
+            except RuntimeError as reason:
+                raise Unavailable(str(reason)) from None
 
     def forward(self):
         with environment(self.settings), self.autocast():
@@ -360,6 +368,8 @@ class _Model(Competitor):
         if not self.training:
             with torch.no_grad():
                 return self.forward()
+        if self.step is not None:
+            return self.step(*self.arguments)
         self.model.zero_grad(set_to_none=True)
         out = self.forward()
         with environment(self.settings):

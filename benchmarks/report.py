@@ -15,8 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = ("textbook", "compiled", "algebra")
-OURS = ("cpu", "triton", "cuda")
-COLOURS = {"textbook": "tab:red", "compiled": "tab:orange", "algebra": "tab:blue", "cpu": "tab:green", "triton": "tab:purple", "cuda": "tab:green"}
+OURS = ("cpu", "triton", "cuda", "graph")
+COLOURS = {"textbook": "tab:red", "compiled": "tab:orange", "algebra": "tab:blue", "cpu": "tab:green", "triton": "tab:purple",
+           "cuda": "tab:green", "graph": "tab:brown"}
 
 HEADER = """# Benchmarks
 
