@@ -2,9 +2,9 @@
 
 from .attention_mapping import attention_mapping
 from .cosine_fusion import cosine_fusion
-from .dialogue_attention import dialogue_attention
+from .dialogue_attention import DialogueOffsets, dialogue_attention
 from .dropout import keep_mask
 from .linear import linear
 from .tensor_ring import tensor_ring
 
-__all__ = ["attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "linear", "tensor_ring"]
+__all__ = ["DialogueOffsets", "attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "linear", "tensor_ring"]
