@@ -161,10 +161,8 @@ def test_every_tier(case, tier, dtype):
     check(case, dtype)
 
 
-@settings(profile, max_examples=15)
-@given(case=cases())
+@pytest.mark.parametrize("case", [c for c in OPTIONS if c.labels], ids=lambda c: f"{c.amw}-{c.cosine_norm}-{c.score_from}-{c.bias}")
 def test_against_textbook(case):
-    case = replace(case, rows=max(case.rows, 1), labels=True)
     drawn = inputs(case)
     book = nn.Linear(case.modalities * case.width, case.classes, bias=case.bias).double()
     with torch.no_grad():
@@ -180,7 +178,8 @@ def test_against_textbook(case):
              "ratio": torch.stack(list(ratio.values()))}
     names = [*(f"grad hidden[{m}]" for m in range(case.modalities)), "grad weight", "grad bias"]
     exact |= dict(zip(names, grads))
-    assert_close(run(case, drawn, "cpu"), run(case, drawn, "torch"), exact, torch.float64, terms(case, drawn, exact))
+    for backend in ("cpu", "torch"):            # the textbook's rounding is as large as any: the floor alone
+        assert_close(run(case, drawn, backend), exact, exact, torch.float64, terms(case, drawn, exact))
 
 
 def test_ratio_is_that_of_the_public_function():
