@@ -57,21 +57,23 @@ def row_products(a, b, rows, inside, STRIDE: tl.constexpr, HEAD: tl.constexpr, B
 @triton.jit
 def keep_statistics(logsum, rows, inside, largest, total, HEADS: tl.constexpr):
     """What backward needs of each row to find its weights again; `weights_again` reads it."""
-    tl.store(logsum + rows * HEADS, largest + tl.log(total), mask=inside)
+    tl.store(logsum + 2 * rows * HEADS, largest, mask=inside)
+    tl.store(logsum + 2 * rows * HEADS + 1, tl.log(total), mask=inside)
 
 
 @triton.jit
 def weights_again(scores, logsum, rows, inside, others_inside, HEADS: tl.constexpr):
     """W of scores [queries, keys], 0 outside."""
-    statistics = tl.load(logsum + rows * HEADS, mask=inside, other=0.0)
-    return tl.where(inside[:, None] & others_inside[None, :], tl.exp(scores - statistics[:, None]), 0.0)
+    largest = tl.load(logsum + 2 * rows * HEADS, mask=inside, other=0.0)
+    log_sum = tl.load(logsum + 2 * rows * HEADS + 1, mask=inside, other=0.0)
+    return tl.where(inside[:, None] & others_inside[None, :], tl.exp(scores - largest[:, None] - log_sum[:, None]), 0.0)
 
 
 @triton.jit(do_not_specialize=["dialogues", "stream"])
 def attend(qkv, offsets, out, logsum, seed, dialogues, stream, scale, keep_scale, HEADS: tl.constexpr, HEAD: tl.constexpr,
            THRESHOLD: tl.constexpr, DROPOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (tiles, HEADS * cdiv(HEAD, BLOCK_D)). logsum: float32 [N, HEADS]."""
+    """Grid (tiles, HEADS * cdiv(HEAD, BLOCK_D)). logsum: float32 [N, HEADS, 2]."""
     BLOCKS: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     WIDTH: tl.constexpr = HEADS * HEAD
     tile = tl.program_id(0).to(tl.int64)
@@ -106,7 +108,7 @@ def attend(qkv, offsets, out, logsum, seed, dialogues, stream, scale, keep_scale
         values = columns(v, others, there, own, 3 * WIDTH, HEAD, BLOCK_D).to(tl.float32)
         sums = tl.dot(weights, values, sums * shrink[:, None], input_precision=PRECISION)
     if own == 0:
-        keep_statistics(logsum + h, rows, inside, largest, total, HEADS)
+        keep_statistics(logsum + 2 * h, rows, inside, largest, total, HEADS)
     d = own + tl.arange(0, BLOCK_D)
     tl.store(out + h * HEAD + rows[:, None] * WIDTH + d[None, :], (sums / total[:, None]).to(out.dtype.element_ty),
              mask=inside[:, None] & (d < HEAD)[None, :])
@@ -127,10 +129,10 @@ def attend_gradients(grad_out, qkv, offsets, out, logsum, grad, seed, dialogues,
         return
     at = h * HEAD
     if tl.program_id(0) < tiles:
-        gradients_of_queries(grad_out + at, qkv + at, out + at, logsum + h, grad + at, seed, stream + h, first, start, end, own,
+        gradients_of_queries(grad_out + at, qkv + at, out + at, logsum + 2 * h, grad + at, seed, stream + h, first, start, end, own,
                              scale, keep_scale, HEADS, HEAD, THRESHOLD, DROPOUT, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
     else:
-        gradients_of_keys(grad_out + at, qkv + at, out + at, logsum + h, grad + at, seed, stream + h, first, start, end, own,
+        gradients_of_keys(grad_out + at, qkv + at, out + at, logsum + 2 * h, grad + at, seed, stream + h, first, start, end, own,
                           scale, keep_scale, HEADS, HEAD, THRESHOLD, DROPOUT, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
 
 
@@ -260,7 +262,7 @@ def forward(qkv: Tensor, lengths: Sequence[int], heads: int, p: float, seed: Ten
     """
     (qkv,), = common.contiguous((qkv,))
     rows, width = qkv.shape[0], qkv.shape[1] // 3
-    out, logsum = qkv.new_empty((rows, width)), qkv.new_empty((rows, heads), dtype=torch.float32)
+    out, logsum = qkv.new_empty((rows, width)), qkv.new_empty((rows, heads, 2), dtype=torch.float32)
     if rows:
         meta = constants(qkv.dtype, width, heads, rows, len(lengths))
         offsets = dialogue_offsets(lengths, qkv.device)

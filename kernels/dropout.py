@@ -210,7 +210,7 @@ def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm
     """
     (x, bias, residual, weight, norm_bias), = common.contiguous((x, bias, residual, weight, norm_bias))
     rows, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(residual)
     mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     if rows:
         meta = constants(width, widest=2048)
@@ -225,10 +225,10 @@ def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm
 
 
 def relu_backward(grad_out: Tensor, out: Tensor, p: float) -> list[Tensor]:
-    """grad_out, out: [N, d]. Returns the gradients of x and bias, in the dtype of out."""
+    """grad_out, out: [N, d]. Returns the gradients of x, in the dtype of out, and of bias, float32."""
     (grad_out, out), = common.contiguous((grad_out, out))
     rows, width = out.shape
-    grads = [torch.empty_like(out), out.new_empty((width,))]
+    grads = [torch.empty_like(out), out.new_empty((width,), dtype=torch.float32)]
     if rows == 0:
         return zeroed(grads)
     meta = constants(width, widest=256)

@@ -87,6 +87,10 @@ def float32_only(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank:
     return None if dtype == torch.float32 else "it serves float32 only"
 
 
+def up_to_float32(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str | None:
+    return "it computes in float32, not float64" if dtype == torch.float64 else None
+
+
 def call(name: str, args: ctypes.Structure) -> None:
     if getattr(library(), name)(ctypes.byref(args)):
         raise MemoryError(f"{name}: no memory for scratch")

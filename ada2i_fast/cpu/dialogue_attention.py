@@ -1,4 +1,4 @@
-"""dialogue_attention on the CPU; see ada2i_fast/ops/dialogue_attention.py and csrc/cpu/dialogue_attention.inl. float32."""
+"""dialogue_attention on the CPU; see ada2i_fast/ops/dialogue_attention.py and csrc/cpu/dialogue_attention.inl."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from . import call, contiguous, float32_only, int64s, pointers
+from . import DTYPES, call, contiguous, int64s, pointers, up_to_float32
 
-why_not = float32_only
+why_not = up_to_float32
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("threads", "heads", "width", "dialogues", "stream")),
+    _fields_ = [*((name, ctypes.c_int64) for name in ("dtype", "threads", "heads", "width", "dialogues", "stream")),
                 *((name, ctypes.c_double) for name in ("scale", "dropout")),
                 *((name, ctypes.c_void_p) for name in ("offsets", "seed", "tensors"))]
 
@@ -26,13 +26,13 @@ def _call(name: str, qkv: Tensor, lengths: Sequence[int], heads: int, p: float, 
     for n in lengths:
         starts.append(starts[-1] + n)
     offsets, addresses = int64s(starts), pointers(tensors)
-    call(name, _Arguments(torch.get_num_threads(), heads, width, len(lengths), stream, (width // heads) ** -0.5, p,
+    call(name, _Arguments(DTYPES[qkv.dtype], torch.get_num_threads(), heads, width, len(lengths), stream, (width // heads) ** -0.5, p,
                           ctypes.addressof(offsets), None if p == 0 else seed.data_ptr(), ctypes.addressof(addresses)))
 
 
 def forward(qkv: Tensor, lengths: Sequence[int], heads: int, p: float, seed: Tensor | None, stream: int) -> list[Tensor]:
     (qkv,), = contiguous((qkv,))
-    out, logsum = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads)
+    out, logsum = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, 2, dtype=torch.float32)
     _call("ada2i_dialogue_attention_forward", qkv, lengths, heads, p, seed, stream, qkv, out, logsum)
     return [out, logsum]
 

@@ -64,7 +64,7 @@ class TransformerEncoder(nn.Module):
             return "torch"
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return backends.best(op, device, dtype, x.shape[1])
+        return backends.best(op, device, dtype, self.lin_out.in_features)
 
 
 class LSTMEncoder(nn.Module):

@@ -2,7 +2,9 @@
 
     W[n, n'] = softmax_{n' in dialogue(n)} (q_h[n] . k_h[n'] / sqrt(d_h)),    out[n] = concat_h  sum_{n'}  z W[n, n']  v_h[n']
 
-with z the dropout mask / (1 - p). Backward keeps log sum exp per row and head and computes W again:
+with z the dropout mask / (1 - p). Forward keeps of the scores S of a row and head their maximum m and l = log sum exp(S - m), apart, and
+backward computes W = exp(S - m - l) again: the difference of large scores is exact, where log sum exp S = m + l would be rounded
+to its own size.
 
     g_v = (z W)^T g,   G = z (g v^T),   g_S = W * (G - g . out) / sqrt(d_h),   g_q = g_S k,   g_k = g_S^T q
 
@@ -99,7 +101,7 @@ _ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor o
 
 
 def _forward(qkv, lengths, heads, dropout, seed, stream, backend):
-    """out [N, d] and log sum exp of the scores, float32 [N, heads]."""
+    """out [N, d], and [N, heads, 2] in float32 or float64: m and l."""
     return backends.module("dialogue_attention", backend).forward(qkv, lengths, heads, dropout, seed, stream)
 
 
@@ -114,7 +116,8 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_forward")
 def _(qkv, lengths, heads, dropout, seed, stream, backend):
-    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, dtype=torch.float32)]
+    precise = torch.promote_types(qkv.dtype, torch.float32)
+    return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, 2, dtype=precise)]
 
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_backward")
@@ -150,7 +153,7 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
     """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N, or the
     `DialogueOffsets` of a CUDA graph, whose numbers nobody checks; heads divides d. dropout: probability, on the attention weights;
     seed, stream: of its mask, by default drawn from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see
-    `ada2i_fast.backends`. Returns [N, d].
+    `ada2i_fast.backends`. Returns [N, d] in the dtype of qkv; for bfloat16 and float16 the arithmetic is float32.
 
     A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
     """

@@ -11,6 +11,9 @@ Two fused forms, with the mask drawn where it is used and, with z = (mask / (1 -
                              h = w g;  g_s = (h - mean h - n mean(h n)) / sqrt(var s + eps);  g_r = g_s,  g_x = z g_s
 
 and the gradients of b, w and c are the sums over rows of g_x, g n and g.
+
+x may be bfloat16 or float16 where the residual r, and with it y, is float32: so torch's autocast mixes them, with products in 16 bits
+and a residual stream and LayerNorm in float32. Arithmetic, statistics and sums are float32 then (float64 for float64).
 """
 
 from __future__ import annotations
@@ -79,11 +82,16 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
 
 
 def relu_dropout_torch(x, bias, p, seed, stream):
-    return _drop(F.relu(x + bias), p, seed, stream)
+    return _drop(F.relu(x + bias), p, seed, stream).to(x.dtype)
 
 
 def dropout_norm_torch(x, bias, residual, weight, norm_bias, p, eps, seed, stream):
-    return F.layer_norm(residual + _drop(x + bias, p, seed, stream), x.shape[1:], weight, norm_bias, eps)
+    s = residual + _drop(x + bias, p, seed, stream)
+    return F.layer_norm(s, x.shape[1:], weight.to(s.dtype), norm_bias.to(s.dtype), eps).to(residual.dtype)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- the registered ops
@@ -102,12 +110,12 @@ def _relu_forward(x, bias, p, seed, stream, backend):
 
 
 def _relu_backward(grad_out, out, p, backend):
-    """Gradients of x and bias."""
+    """Gradients of x and, in float32 or float64, of bias."""
     return backends.module("dropout", backend).relu_backward(grad_out, out, p)
 
 
 def _norm_forward(x, bias, residual, weight, norm_bias, p, eps, seed, stream, backend):
-    """out, and mean and 1 / sqrt(var + eps) of every row, float32 [N]."""
+    """out in the residual's dtype, and mean and 1 / sqrt(var + eps) of every row, [N], in float32 or float64."""
     return backends.module("dropout", backend).norm_forward(x, bias, residual, weight, norm_bias, p, eps, seed, stream)
 
 
@@ -130,12 +138,12 @@ def _(x, bias, p, seed, stream, backend):
 
 @torch.library.register_fake("ada2i_fast::relu_dropout_backward")
 def _(grad_out, out, p, backend):
-    return [out.new_empty(out.shape), out.new_empty(out.shape[1:])]
+    return [out.new_empty(out.shape), out.new_empty(out.shape[1:], dtype=_precise(out.dtype))]
 
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_forward")
 def _(x, bias, residual, weight, norm_bias, p, eps, seed, stream, backend):
-    return [x.new_empty(x.shape), *(x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))]
+    return [residual.new_empty(x.shape), *(x.new_empty(x.shape[:1], dtype=_precise(x.dtype)) for _ in range(2))]
 
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_backward")
@@ -169,7 +177,7 @@ class _ReluDropout(torch.autograd.Function):
         p, backend = ctx.settings
         if torch.is_grad_enabled():                             # piecewise linear: this is differentiable in all that it depends on
             g = grad * (out > 0) * (1.0 / (1.0 - p))
-            return g, g.sum(0), None, None, None, None
+            return g, g.sum(0, dtype=_precise(g.dtype)), None, None, None, None
         return *torch.ops.ada2i_fast.relu_dropout_backward(grad, out, p, backend), None, None, None, None
 
 
@@ -207,7 +215,8 @@ def _prepared(x: Tensor, p: float, seed: Tensor | None, backend: str) -> tuple[s
 
 def relu_dropout(x: Tensor, bias: Tensor, *, p: float, seed: Tensor | None = None, stream: int = 0, backend: str = "auto") -> Tensor:
     """dropout(max(0, x + bias)). x: [N, d]; bias: [d]; p: probability of dropping; seed, stream: as in `keep_mask`, by default drawn
-    from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d]."""
+    from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d] in the
+    dtype of x."""
     backend, seed = _prepared(x, p, seed, backend)
     if backend == "torch":
         return relu_dropout_torch(x, bias, p, seed, stream)
@@ -220,8 +229,11 @@ def dropout_residual_norm(x: Tensor, bias: Tensor, residual: Tensor, weight: Ten
                           seed: Tensor | None = None, stream: int = 0, backend: str = "auto") -> Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the width (Ba, Kiros, Hinton 2016).
 
-    x, residual: [N, d]; bias, weight, norm_bias: [d]; the rest as in `relu_dropout`. Statistics in float32. Returns [N, d].
+    x: [N, d]; residual: [N, d], in the dtype of x or float32; bias, weight, norm_bias: [d]; the rest as in `relu_dropout`. Statistics in
+    float32. Returns [N, d] in the dtype of the residual.
     """
+    if residual.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"residual: expected {x.dtype} (that of x) or torch.float32, got {residual.dtype}")
     backend, seed = _prepared(x, p, seed, backend)
     if backend == "torch":
         return dropout_norm_torch(x, bias, residual, weight, norm_bias, p, eps, seed, stream)

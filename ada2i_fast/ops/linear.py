@@ -6,7 +6,11 @@
 On a CPU torch sends float32 products to MKL, and has oneDNN too. Which is faster depends on the processor, so each product (forward,
 g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and the winner kept.
 ADA2I_FAST_LINEAR = "mkl" | "onednn" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails, "auto"
-stays with MKL. Everything else (other dtypes and devices, autocast, tracing) is `F.linear`.
+stays with MKL.
+
+Under autocast to bfloat16 or float16 the products run in that dtype through torch, which has oneDNN for them. x and W are rounded once
+per call and the rounded ones kept for backward, so a weight is cast once per step; g_W and g_b come out in the parameters' dtype, g_x in
+that of x. Everything else (other dtypes and devices, tracing) is `F.linear`.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ def _library() -> str:
 
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
-    library = _library()
+    library = _library() if x.dtype == torch.float32 else "mkl"
     if library == "auto":
         (rows, inputs), outputs = x.shape, weight.shape[0]
         if rows * inputs * outputs < _SMALL or why_no_onednn():
@@ -96,31 +100,41 @@ def _measure(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> str:
 
 
 class _Linear(torch.autograd.Function):
+    """dtype: that of the products."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, relu):
-        y = _product("forward", x, weight, bias, relu)
-        ctx.save_for_backward(x, weight, y if relu else None)
-        ctx.has_bias = bias is not None
+    def forward(ctx, x, weight, bias, relu, dtype):
+        rounded = x.to(dtype), weight.to(dtype)
+        y = _product("forward", *rounded, None if bias is None else bias.to(dtype), relu)
+        ctx.save_for_backward(x, weight, *rounded, y if relu else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
+        x, weight, rounded_x, rounded_weight, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if y is not None:
             grad = grad * (y > 0)
-        if torch.is_grad_enabled():                             # create_graph=True: expressions with derivatives of their own
-            products = (lambda: grad @ weight, lambda: grad.t() @ x)
-        else:
-            products = (lambda: _product("input", grad, weight.t()), lambda: _product("weight", grad.t(), x.t()))
-        return (products[0]() if ctx.needs_input_grad[0] else None, products[1]() if ctx.needs_input_grad[1] else None,
-                grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None)
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():                         # create_graph=True: expressions with derivatives of their own
+                products = (lambda: grad @ weight.to(grad.dtype), lambda: grad.t() @ x.to(grad.dtype))
+            else:
+                products = (lambda: _product("input", grad, rounded_weight.t()), lambda: _product("weight", grad.t(), rounded_x.t()))
+            return (products[0]().to(x.dtype) if needs_x else None, products[1]().to(weight.dtype) if needs_weight else None,
+                    grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-            or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0 or torch.is_autocast_enabled("cpu")
+def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """That of the products; None where plain `F.linear` serves."""
+    if (torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0
             or type(x) not in (Tensor, torch.nn.Parameter) or type(weight) not in (Tensor, torch.nn.Parameter)
-            or torch._C._functorch.peek_interpreter_stack() is not None)
+            or torch._C._functorch.peek_interpreter_stack() is not None):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        eligible = all(t is None or (t.is_floating_point() and t.dtype != torch.float64) for t in (x, weight, bias))
+        return torch.get_autocast_dtype("cpu") if eligible else None
+    return torch.float32 if x.dtype == weight.dtype == torch.float32 else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False, backend: str = "auto") -> Tensor:
@@ -129,9 +143,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     backend: "torch" is plain `F.linear`; "auto" and the others take the fastest library of the tensors' device. Under autocast
     the result has autocast's dtype.
     """
-    if backend == "torch" or _plain(x, weight, bias):
+    dtype = None if backend == "torch" else _dtype(x, weight, bias)
+    if dtype is None:
         y = F.linear(x, weight, bias)
         return F.relu(y) if relu else y
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias, relu)
-    return _product("forward", x, weight, bias, relu)
+        return _Linear.apply(x, weight, bias, relu, dtype)
+    return _product("forward", x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), relu)

@@ -41,10 +41,9 @@ struct CosineFusion {
   void* const* tensors;
 };
 
-// float32 from here on.
-
+// x, grad_x and, of relu_dropout, out and grad_out are of the storage type; all the rest is float.
 struct DropoutFused {
-  int64_t threads, rows, width, stream;
+  int64_t dtype, threads, rows, width, stream;
   double dropout, eps;
   const int64_t* seed;      // [1], or null without dropout
   //   relu_dropout_forward   x bias | out
@@ -54,8 +53,9 @@ struct DropoutFused {
   void* const* tensors;
 };
 
+// All of the storage type but logsum, float [N][heads][2]: of a row's scores the maximum m, and log sum exp(S - m).
 struct DialogueAttention {
-  int64_t threads, heads, width, dialogues, stream;
+  int64_t dtype, threads, heads, width, dialogues, stream;
   double scale, dropout;
   const int64_t* offsets;   // [B + 1]
   const int64_t* seed;      // [1], or null without dropout
@@ -64,6 +64,7 @@ struct DialogueAttention {
   void* const* tensors;
 };
 
+// float32.
 struct BalancedAdam {
   int64_t threads, count;
   double beta1, beta2, eps;
@@ -87,12 +88,13 @@ struct Ada2iTier {
   int (*attention_mapping_backward[ADA2I_DTYPES])(const AttentionMapping*);
   int (*cosine_fusion_forward[ADA2I_DTYPES])(const CosineFusion*);
   int (*cosine_fusion_backward[ADA2I_DTYPES])(const CosineFusion*);
-  int (*relu_dropout_forward)(const DropoutFused*);
-  int (*relu_dropout_backward)(const DropoutFused*);
-  int (*dropout_norm_forward)(const DropoutFused*);
-  int (*dropout_norm_backward)(const DropoutFused*);
-  int (*dialogue_attention_forward)(const DialogueAttention*);
-  int (*dialogue_attention_backward)(const DialogueAttention*);
+  // None for ADA2I_FLOAT64.
+  int (*relu_dropout_forward[ADA2I_DTYPES])(const DropoutFused*);
+  int (*relu_dropout_backward[ADA2I_DTYPES])(const DropoutFused*);
+  int (*dropout_norm_forward[ADA2I_DTYPES])(const DropoutFused*);
+  int (*dropout_norm_backward[ADA2I_DTYPES])(const DropoutFused*);
+  int (*dialogue_attention_forward[ADA2I_DTYPES])(const DialogueAttention*);
+  int (*dialogue_attention_backward[ADA2I_DTYPES])(const DialogueAttention*);
   int (*balanced_adam_measure)(const BalancedAdam*);
   int (*balanced_adam_update)(const BalancedAdam*);
   int (*balanced_adam_modulate)(const BalancedAdam*);

@@ -1,5 +1,6 @@
-// Self-attention inside each dialogue, float32; mathematics in ada2i_fast/ops/dialogue_attention.py. A job is one head of one
-// dialogue. Its scores exist for kRows queries at a time forward and for kQueries backward, so memory is linear in the rows.
+// Self-attention inside each dialogue; mathematics in ada2i_fast/ops/dialogue_attention.py. S is the storage type, arithmetic is in float.
+// A job is one head of one dialogue. Its scores exist for kRows queries at a time forward and for kQueries backward, so memory is linear
+// in the rows.
 
 constexpr int64_t kQueries = 4 * kRows;
 
@@ -19,19 +20,19 @@ INLINE Vector<float> exponential(Vector<float> x) {
 }
 
 // Right operands from `count` rows of `width` numbers: as they stand (steps are the rows), and transposed (columns are the rows).
-INLINE void pack_rows(float* right, const float* rows, int64_t stride, int64_t count, int64_t width) {
+template <class S> INLINE void pack_rows(float* right, const S* rows, int64_t stride, int64_t count, int64_t width) {
   constexpr int lanes = Lanes<float>::count, columns = kColumns<float>;
   for (int64_t r = 0; r < count; ++r)
     for (int64_t d = 0; d < width; d += lanes)
       store(right + d / columns * columns * count + r * columns + d % columns, load(rows + r * stride + d, width - d));
 }
-INLINE void pack_columns(float* right, const float* rows, int64_t stride, int64_t count, int64_t width) {
+template <class S> INLINE void pack_columns(float* right, const S* rows, int64_t stride, int64_t count, int64_t width) {
   constexpr int columns = kColumns<float>;
   for (int64_t first = 0; first < count; first += columns) {
     float* panel = right + first * width;
     const int64_t n = smaller(columns, count - first);
     for (int64_t r = 0; r < n; ++r)
-      for (int64_t d = 0; d < width; ++d) panel[d * columns + r] = rows[(first + r) * stride + d];
+      for (int64_t d = 0; d < width; ++d) panel[d * columns + r] = to_compute(rows[(first + r) * stride + d]);
     for (int64_t r = n; r < columns; ++r)
       for (int64_t d = 0; d < width; ++d) panel[d * columns + r] = 0;
   }
@@ -65,7 +66,7 @@ struct AttentionSizes {
   int threads(int64_t most) const { return useful_threads(most, work < 1e15 ? int64_t(work) : int64_t(1e15)); }
 };
 
-INLINE void pack_tile(float* left, const float* rows, int64_t stride, int64_t height, int64_t width) {
+template <class S> INLINE void pack_tile(float* left, const S* rows, int64_t stride, int64_t height, int64_t width) {
   for (int i = 0; i < kRows; ++i)
     pack_left(left, i, width, [&](int64_t d, int64_t n) { return i < height ? load(rows + i * stride + d, n) : Vector<float>{}; });
 }
@@ -82,12 +83,13 @@ INLINE void keep_columns(const DialogueAttention* args, int64_t row, int64_t h, 
 }
 
 //   qkv | out logsum
-static int dialogue_attention_forward(const DialogueAttention* args) {
+template <class S> static int dialogue_attention_forward(const DialogueAttention* args) {
   constexpr int lanes = Lanes<float>::count;
   const AttentionSizes size(args);
   const int64_t head = size.head, stride = 3 * args->width, padded = size.padded;
-  const float* qkv = (const float*)args->tensors[0];
-  float *out = (float*)args->tensors[1], *logsum = (float*)args->tensors[2];
+  const S* qkv = (const S*)args->tensors[0];
+  S* out = (S*)args->tensors[1];
+  float* logsum = (float*)args->tensors[2];
   const int threads = size.threads(args->threads);
   Scratch<float> keys(right_size<float>(head, size.longest), threads), values(right_size<float>(size.longest, head), threads);
   Scratch<float> left(left_size<float>(head > size.longest ? head : size.longest), threads), scores(kRows * padded, threads);
@@ -98,8 +100,8 @@ static int dialogue_attention_forward(const DialogueAttention* args) {
     const int64_t b = job / size.heads, h = job % size.heads, start = args->offsets[b], n = args->offsets[b + 1] - start;
     if (n == 0) continue;
     const int thread = omp_get_thread_num();
-    float *K = keys.of(thread), *V = values.of(thread), *tile = left.of(thread), *S = scores.of(thread);
-    const float* q = qkv + start * stride + h * head;
+    float *K = keys.of(thread), *V = values.of(thread), *tile = left.of(thread), *P = scores.of(thread);
+    const S* q = qkv + start * stride + h * head;
     pack_columns(K, q + args->width, stride, n, head);
     pack_rows(V, q + 2 * args->width, stride, n, head);
     for (int64_t first = 0; first < n; first += kRows) {
@@ -108,10 +110,10 @@ static int dialogue_attention_forward(const DialogueAttention* args) {
       pack_tile(tile, q + first * stride, stride, height, head);
       multiply<Strips>(tile, K, head, n, [&](const float* c, int64_t column, int64_t) {
         for (int64_t i = 0; i < height; ++i)
-          for (int v = 0; v < kColumns<float>; v += lanes) store(S + i * padded + column + v, load(c + i * kColumns<float> + v) * scale);
+          for (int v = 0; v < kColumns<float>; v += lanes) store(P + i * padded + column + v, load(c + i * kColumns<float> + v) * scale);
       });
       for (int64_t i = 0; i < height; ++i) {
-        float* row = S + i * padded;
+        float *row = P + i * padded, *kept = logsum + 2 * ((start + first + i) * size.heads + h);
         const float most = largest(row, n);
         Vector<float> total = {};
         for (int64_t d = 0; d < n; d += lanes) {
@@ -120,10 +122,11 @@ static int dialogue_attention_forward(const DialogueAttention* args) {
         }
         const float whole = lane_sum(total);
         inverse[i] = 1.0f / whole;
-        logsum[(start + first + i) * size.heads + h] = most + logarithm(broadcast(whole))[0];
+        kept[0] = most;
+        kept[1] = logarithm(broadcast(whole))[0];
         if (args->dropout > 0) keep_columns(args, start + first + i, h, n, row);
       }
-      pack_tile(tile, S, padded, height, n);
+      pack_tile(tile, P, padded, height, n);
       multiply<Strips>(tile, V, n, head, [&](const float* c, int64_t column, int64_t columns) {
         for (int64_t i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes)
@@ -136,8 +139,8 @@ static int dialogue_attention_forward(const DialogueAttention* args) {
 }
 
 // rows[j] (+)= sum_r factor[r][j] right[r], for n rows of `width` numbers; factor: [count][padded], right packed.
-INLINE void add_transposed(float* rows, int64_t stride, const float* factor, int64_t padded, const float* right, int64_t count, int64_t n,
-                           int64_t width, bool add, float* left) {
+INLINE void add_transposed(float* rows, const float* factor, int64_t padded, const float* right, int64_t count, int64_t n, int64_t width,
+                           bool add, float* left) {
   constexpr int lanes = Lanes<float>::count;
   for (int64_t first = 0; first < n; first += kRows) {
     const int64_t height = smaller(kRows, n - first);
@@ -145,7 +148,7 @@ INLINE void add_transposed(float* rows, int64_t stride, const float* factor, int
     multiply<Columns>(left, right, count, width, [&](const float* c, int64_t column, int64_t columns) {
       for (int64_t i = 0; i < height; ++i)
         for (int64_t v = 0; v < columns; v += lanes) {
-          float* to = rows + (first + i) * stride + column + v;
+          float* to = rows + (first + i) * width + column + v;
           auto value = load(c + i * kColumns<float> + v);
           if (add) value += load(to, columns - v);
           store(to, value, columns - v);
@@ -155,20 +158,21 @@ INLINE void add_transposed(float* rows, int64_t stride, const float* factor, int
 }
 
 //   qkv out logsum grad_out | grad_qkv
-static int dialogue_attention_backward(const DialogueAttention* args) {
+template <class S> static int dialogue_attention_backward(const DialogueAttention* args) {
   constexpr int lanes = Lanes<float>::count;
   const AttentionSizes size(args);
   const int64_t head = size.head, width = args->width, stride = 3 * width, padded = size.padded;
-  const float *qkv = (const float*)args->tensors[0], *out = (const float*)args->tensors[1], *logsum = (const float*)args->tensors[2];
-  const float* grad_out = (const float*)args->tensors[3];
-  float* grad_qkv = (float*)args->tensors[4];
+  const S *qkv = (const S*)args->tensors[0], *out = (const S*)args->tensors[1], *grad_out = (const S*)args->tensors[3];
+  const float* logsum = (const float*)args->tensors[2];
+  S* grad_qkv = (S*)args->tensors[4];
   const int threads = size.threads(args->threads);
   const int64_t longest = size.longest > head ? size.longest : head;
   Scratch<float> keys(right_size<float>(head, size.longest), threads), values(right_size<float>(head, size.longest), threads);
   Scratch<float> straight(right_size<float>(size.longest, head), threads), queries(2 * right_size<float>(kQueries, head), threads);
   Scratch<float> left(left_size<float>(longest > kQueries ? longest : kQueries), threads);
-  Scratch<float> weights(kQueries * padded, threads), gradients(kQueries * padded, threads);
-  if (!keys.ok() || !values.ok() || !straight.ok() || !queries.ok() || !left.ok() || !weights.ok() || !gradients.ok()) return 1;
+  Scratch<float> weights(kQueries * padded, threads), gradients(kQueries * padded, threads), sums(2 * size.longest * head, threads);
+  if (!keys.ok() || !values.ok() || !straight.ok() || !queries.ok() || !left.ok() || !weights.ok() || !gradients.ok() || !sums.ok())
+    return 1;
   const float scale = float(args->scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t job = 0; job < args->dialogues * size.heads; ++job) {
@@ -177,9 +181,9 @@ static int dialogue_attention_backward(const DialogueAttention* args) {
     const int thread = omp_get_thread_num();
     float *K = keys.of(thread), *V = values.of(thread), *K_rows = straight.of(thread), *tile = left.of(thread);
     float *Q_rows = queries.of(thread), *G_rows = Q_rows + right_size<float>(kQueries, head);
-    float *P = weights.of(thread), *dS = gradients.of(thread);
-    const float *q = qkv + start * stride + h * head, *o = out + start * width + h * head, *g = grad_out + start * width + h * head;
-    float* grad = grad_qkv + start * stride + h * head;
+    float *P = weights.of(thread), *dS = gradients.of(thread), *to_keys = sums.of(thread), *to_values = to_keys + n * head;
+    const S *q = qkv + start * stride + h * head, *o = out + start * width + h * head, *g = grad_out + start * width + h * head;
+    S* grad = grad_qkv + start * stride + h * head;
     pack_columns(K, q + width, stride, n, head);
     pack_columns(V, q + 2 * width, stride, n, head);
     pack_rows(K_rows, q + width, stride, n, head);
@@ -200,14 +204,14 @@ static int dialogue_attention_backward(const DialogueAttention* args) {
         multiply<Strips>(tile, V, head, n, copy_to(dS_tile, 1.0f));
         for (int64_t i = 0; i < height; ++i) {
           const int64_t row = first + i;
-          const float shift = logsum[(start + row) * size.heads + h];
+          const float *kept = logsum + 2 * ((start + row) * size.heads + h), most = kept[0], log_sum = kept[1];
           float *p = P_tile + i * padded, *s = dS_tile + i * padded;
           Vector<float> dot = {};
           for (int64_t d = 0; d < head; d += lanes) dot += load(g + row * width + d, head - d) * load(o + row * width + d, head - d);
           const float mean = lane_sum(dot);
           if (args->dropout > 0) keep_columns(args, start + row, h, n, s);
           for (int64_t d = 0; d < n; d += lanes) {
-            auto weight = exponential(load(p + d) - shift);
+            auto weight = exponential(load(p + d) - most - log_sum);
             store(p + d, weight);
             store(s + d, weight * (load(s + d) - mean) * scale);
           }
@@ -222,9 +226,14 @@ static int dialogue_attention_backward(const DialogueAttention* args) {
       }
       pack_rows(Q_rows, q + block * stride, stride, count, head);
       pack_rows(G_rows, g + block * width, width, count, head);
-      add_transposed(grad + width, stride, dS, padded, Q_rows, count, n, head, block > 0, tile);
-      add_transposed(grad + 2 * width, stride, P, padded, G_rows, count, n, head, block > 0, tile);
+      add_transposed(to_keys, dS, padded, Q_rows, count, n, head, block > 0, tile);
+      add_transposed(to_values, P, padded, G_rows, count, n, head, block > 0, tile);
     }
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t d = 0; d < head; d += lanes) {
+        store(grad + row * stride + width + d, load(to_keys + row * head + d, head - d), head - d);
+        store(grad + row * stride + 2 * width + d, load(to_values + row * head + d, head - d), head - d);
+      }
   }
   return 0;
 }

@@ -75,12 +75,16 @@ ADA2I_EXPORT int ada2i_attention_mapping_backward(const AttentionMapping* args) 
 }
 ADA2I_EXPORT int ada2i_cosine_fusion_forward(const CosineFusion* args) { return chosen()->cosine_fusion_forward[args->dtype](args); }
 ADA2I_EXPORT int ada2i_cosine_fusion_backward(const CosineFusion* args) { return chosen()->cosine_fusion_backward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_relu_dropout_forward(const DropoutFused* args) { return chosen()->relu_dropout_forward(args); }
-ADA2I_EXPORT int ada2i_relu_dropout_backward(const DropoutFused* args) { return chosen()->relu_dropout_backward(args); }
-ADA2I_EXPORT int ada2i_dropout_norm_forward(const DropoutFused* args) { return chosen()->dropout_norm_forward(args); }
-ADA2I_EXPORT int ada2i_dropout_norm_backward(const DropoutFused* args) { return chosen()->dropout_norm_backward(args); }
-ADA2I_EXPORT int ada2i_dialogue_attention_forward(const DialogueAttention* args) { return chosen()->dialogue_attention_forward(args); }
-ADA2I_EXPORT int ada2i_dialogue_attention_backward(const DialogueAttention* args) { return chosen()->dialogue_attention_backward(args); }
+ADA2I_EXPORT int ada2i_relu_dropout_forward(const DropoutFused* args) { return chosen()->relu_dropout_forward[args->dtype](args); }
+ADA2I_EXPORT int ada2i_relu_dropout_backward(const DropoutFused* args) { return chosen()->relu_dropout_backward[args->dtype](args); }
+ADA2I_EXPORT int ada2i_dropout_norm_forward(const DropoutFused* args) { return chosen()->dropout_norm_forward[args->dtype](args); }
+ADA2I_EXPORT int ada2i_dropout_norm_backward(const DropoutFused* args) { return chosen()->dropout_norm_backward[args->dtype](args); }
+ADA2I_EXPORT int ada2i_dialogue_attention_forward(const DialogueAttention* args) {
+  return chosen()->dialogue_attention_forward[args->dtype](args);
+}
+ADA2I_EXPORT int ada2i_dialogue_attention_backward(const DialogueAttention* args) {
+  return chosen()->dialogue_attention_backward[args->dtype](args);
+}
 ADA2I_EXPORT int ada2i_balanced_adam_measure(const BalancedAdam* args) { return chosen()->balanced_adam_measure(args); }
 ADA2I_EXPORT int ada2i_balanced_adam_update(const BalancedAdam* args) { return chosen()->balanced_adam_update(args); }
 ADA2I_EXPORT int ada2i_balanced_adam_modulate(const BalancedAdam* args) { return chosen()->balanced_adam_modulate(args); }

@@ -1,5 +1,6 @@
-// Bias + ReLU + dropout, and bias + dropout + residual + LayerNorm, float32; mathematics in ada2i_fast/ops/dropout.py.
-// Sums over rows are taken in blocks of fixed size, so results do not depend on the number of threads.
+// Bias + ReLU + dropout, and bias + dropout + residual + LayerNorm; mathematics in ada2i_fast/ops/dropout.py. S is the type of what
+// matrix products give and take; the residual stream, the parameters and the arithmetic are float. Sums over rows are taken in blocks
+// of fixed size, so results do not depend on the number of threads.
 
 constexpr int64_t kPanel = 2 * kWords > 64 ? 2 * kWords : 64;   // columns per job where threads divide columns
 constexpr int64_t kRowBlock = 32;
@@ -22,11 +23,12 @@ struct Mask {
         kept(float(1.0 / (1.0 - a->dropout))), used(a->dropout > 0) {}
 };
 
-static int relu_dropout_forward(const DropoutFused* args) {
+template <class S> static int relu_dropout_forward(const DropoutFused* args) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t rows = args->rows, width = args->width;
-  const float *x = (const float*)args->tensors[0], *bias = (const float*)args->tensors[1];
-  float* out = (float*)args->tensors[2];
+  const S* x = (const S*)args->tensors[0];
+  const float* bias = (const float*)args->tensors[1];
+  S* out = (S*)args->tensors[2];
   const Mask mask(args);
 #pragma omp parallel for num_threads(useful_threads(args->threads, rows * width * 4)) schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
@@ -46,11 +48,12 @@ static int relu_dropout_forward(const DropoutFused* args) {
 }
 
 // What was dropped or cut off is 0 in the output, so the output is the mask.
-static int relu_dropout_backward(const DropoutFused* args) {
+template <class S> static int relu_dropout_backward(const DropoutFused* args) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t rows = args->rows, width = args->width, panels = (width + kPanel - 1) / kPanel;
-  const float *grad_out = (const float*)args->tensors[0], *out = (const float*)args->tensors[1];
-  float *grad_x = (float*)args->tensors[2], *grad_bias = (float*)args->tensors[3];
+  const S *grad_out = (const S*)args->tensors[0], *out = (const S*)args->tensors[1];
+  S* grad_x = (S*)args->tensors[2];
+  float* grad_bias = (float*)args->tensors[3];
   const float kept = float(1.0 / (1.0 - args->dropout));
 #pragma omp parallel for num_threads(useful_threads(args->threads, rows * width * 2)) schedule(static)
   for (int64_t panel = 0; panel < panels; ++panel) {
@@ -70,11 +73,11 @@ static int relu_dropout_backward(const DropoutFused* args) {
 }
 
 // s = residual + dropout(x + bias) of row n into `row`, which has room for whole vectors; lanes past the width are 0. Returns its sum.
-INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row) {
+template <class S> INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t width = args->width;
-  const float *x = (const float*)args->tensors[0] + n * width, *bias = (const float*)args->tensors[1];
-  const float* residual = (const float*)args->tensors[2] + n * width;
+  const S* x = (const S*)args->tensors[0] + n * width;
+  const float *bias = (const float*)args->tensors[1], *residual = (const float*)args->tensors[2] + n * width;
   Vector<float> total = {};
   uint32_t words[kWords];
   for (int64_t d = 0; d < width; d += kWords) {
@@ -92,7 +95,7 @@ INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n,
 }
 
 //   x bias residual weight norm_bias | out mean rstd
-static int dropout_norm_forward(const DropoutFused* args) {
+template <class S> static int dropout_norm_forward(const DropoutFused* args) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t rows = args->rows, width = args->width;
   const float *weight = (const float*)args->tensors[3], *shift = (const float*)args->tensors[4];
@@ -104,7 +107,7 @@ static int dropout_norm_forward(const DropoutFused* args) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     float* row = scratch.of(omp_get_thread_num());
-    const float mean = residual_row(args, mask, n, row) / float(width);
+    const float mean = residual_row<S>(args, mask, n, row) / float(width);
     Vector<float> total = {};
     for (int64_t d = 0; d < width; d += lanes) {
       auto value = load(row + d, width - d) - mean;
@@ -121,12 +124,13 @@ static int dropout_norm_forward(const DropoutFused* args) {
 }
 
 //   x bias residual weight mean rstd grad_out | grad_x grad_bias grad_residual grad_weight grad_norm_bias
-static int dropout_norm_backward(const DropoutFused* args) {
+template <class S> static int dropout_norm_backward(const DropoutFused* args) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t rows = args->rows, width = args->width, padded = round_up(width, kWords), blocks = (rows + kRowBlock - 1) / kRowBlock;
   const float *weight = (const float*)args->tensors[3], *means = (const float*)args->tensors[4], *rstds = (const float*)args->tensors[5];
   const float* grad_out = (const float*)args->tensors[6];
-  float *grad_x = (float*)args->tensors[7], *grad_residual = (float*)args->tensors[9];
+  S* grad_x = (S*)args->tensors[7];
+  float* grad_residual = (float*)args->tensors[9];
   float* const sums[3] = {(float*)args->tensors[8], (float*)args->tensors[10], (float*)args->tensors[11]};
   const Mask mask(args);
   const int threads = useful_threads(args->threads, rows * width * 12);
@@ -140,7 +144,7 @@ static int dropout_norm_backward(const DropoutFused* args) {
       float *to_bias = partial.data + block * partial.each, *to_weight = to_bias + padded, *to_shift = to_weight + padded;
       __builtin_memset(to_bias, 0, size_t(3 * padded) * sizeof(float));
       for (int64_t n = block * kRowBlock; n < smaller((block + 1) * kRowBlock, rows); ++n) {
-        residual_row(args, mask, n, row);
+        residual_row<S>(args, mask, n, row);
         const float mean = means[n], rstd = rstds[n];
         const float* g_row = grad_out + n * width;
         Vector<float> first = {}, second = {};

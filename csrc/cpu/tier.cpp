@@ -24,14 +24,16 @@ namespace {
 }  // namespace
 
 #define ADA2I_ALL_DTYPES(op) {op<float>, op<double>, op<bf16>, op<half>}
+#define ADA2I_UP_TO_FLOAT(op) {op<float>, nullptr, op<bf16>, op<half>}
 #define ADA2I_STRING(name) ADA2I_STRING_(name)
 #define ADA2I_STRING_(name) #name
 extern const Ada2iTier tier;
 const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_forward), ADA2I_ALL_DTYPES(tensor_ring_backward),
                         ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward),
                         ADA2I_ALL_DTYPES(cosine_fusion_forward), ADA2I_ALL_DTYPES(cosine_fusion_backward),
-                        relu_dropout_forward, relu_dropout_backward, dropout_norm_forward, dropout_norm_backward,
-                        dialogue_attention_forward, dialogue_attention_backward,
+                        ADA2I_UP_TO_FLOAT(relu_dropout_forward), ADA2I_UP_TO_FLOAT(relu_dropout_backward),
+                        ADA2I_UP_TO_FLOAT(dropout_norm_forward), ADA2I_UP_TO_FLOAT(dropout_norm_backward),
+                        ADA2I_UP_TO_FLOAT(dialogue_attention_forward), ADA2I_UP_TO_FLOAT(dialogue_attention_backward),
                         balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,
                         balanced_adam_noise};
 }  // namespace ADA2I_TIER

@@ -424,12 +424,12 @@ def large_scores_case(checks: Checks) -> None:
     results = [out, dialogue_attention.backward(grad, inside_nan(qkv), out, *saved, lengths, heads, 0.0, None, 0)]
     exact = encoder_cases.exact("attention", [qkv], grad, lengths, heads, 0.0)
     plain = encoder_cases.plain("attention", [qkv], grad, lengths, heads, 0.0)
-    # Scores of size S, and what backward keeps of them, are rounded to S 2^-24: so much is a weight off, for each of the two.
+    # Scores of size S are rounded to S 2^-24 at least: so much is a weight off.
     size = ((qkv[:, :width] @ qkv[:, width:2 * width].t()).abs().max() / width ** 0.5).item()
     for a, b, c in zip(results, plain, exact):
         largest = c.abs().max()
         checks.append(["large scores", ((a - c).abs().max() / largest).item(),
-                       (2 * (b - c).abs().max() / largest).item() + (8 + 2 * size) * 2.0 ** -24])
+                       (2 * (b - c).abs().max() / largest).item() + (8 + size) * 2.0 ** -24])
 
 
 def offsets_case(checks: Checks) -> None:

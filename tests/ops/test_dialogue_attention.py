@@ -21,9 +21,10 @@ def tier(request):
     cpu.set_tier(before)
 
 
-def case(lengths, width, scale=1.0):
+def case(lengths, width, scale=1.0, dtype=torch.float32):
     g = torch.Generator().manual_seed(sum(lengths) * width)
-    return torch.randn(sum(lengths), 3 * width, generator=g) * scale, torch.randn(sum(lengths), width, generator=g)
+    qkv, grad = torch.randn(sum(lengths), 3 * width, generator=g) * scale, torch.randn(sum(lengths), width, generator=g)
+    return qkv.to(dtype), grad.to(dtype)
 
 
 def run(function, qkv, grad):
@@ -33,14 +34,16 @@ def run(function, qkv, grad):
 
 
 def compare(qkv, grad, lengths, heads, p, largest_score=0.0):
-    """Error at most twice that of the formula in float32, and some roundings of the largest element. A score of size S, and the log sum
-    exp that backward keeps, are rounded to S 2^-24, which is the relative error of a weight: that much more for each of the two.
+    """Error at most twice that of the formula in plain PyTorch of the same type, and some roundings of the largest element. A score of
+    size S is a sum in some order, rounded to S 2^-24 at least, which becomes the relative error of its weight.
     """
     exact = run(lambda t: dialogue_attention_seeded(t, lengths, heads, p, SEED, 9), qkv.double(), grad.double())
     usual = run(lambda t: dialogue_attention_seeded(t, lengths, heads, p, SEED, 9), qkv, grad)
     got = run(lambda t: dialogue_attention(t, lengths, heads, dropout=p, seed=SEED, stream=9, backend="cpu"), qkv, grad)
+    floor = (16 + largest_score) * 2.0 ** -24 + {torch.float32: 0, torch.float16: 2.0 ** -11, torch.bfloat16: 2.0 ** -8}[qkv.dtype]
     for g, u, e in zip(got, usual, exact):
-        assert (g - e).abs().max() <= 2 * (u - e).abs().max() + (16 + 2 * largest_score) * 2.0 ** -24 * e.abs().max()
+        assert g.dtype == qkv.dtype
+        assert (g - e).abs().max() <= 2 * (u - e).abs().max() + floor * e.abs().max()
 
 
 CASES = [([7, 3, 5, 1], 1, 8), ([12, 13, 24, 25], 2, 57 * 2), ([48, 49], 3, 180), ([100], 2, 256), ([1, 1, 1], 2, 10), ([0, 5, 0, 2], 1, 1),
@@ -48,10 +51,11 @@ CASES = [([7, 3, 5, 1], 1, 8), ([12, 13, 24, 25], 2, 57 * 2), ([48, 49], 3, 180)
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("lengths,heads,width", CASES)
-def test_against_float64(tier, lengths, heads, width, p):
-    compare(*case(lengths, width), lengths, heads, p)
+def test_against_float64(tier, lengths, heads, width, p, dtype):
+    compare(*case(lengths, width, dtype=dtype), lengths, heads, p)
 
 
 @native
@@ -138,8 +142,9 @@ def test_second_derivatives():
 
 
 @native
-def test_opcheck():
-    qkv, grad = case([4, 2], 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    qkv, grad = case([4, 2], 6, dtype=dtype)
     ops = torch.ops.ada2i_fast
     out, logsum = ops.dialogue_attention_forward(qkv, [4, 2], 2, 0.3, SEED, 0, "cpu")
     for op, args in ((ops.dialogue_attention_forward, (qkv, [4, 2], 2, 0.3, SEED, 0, "cpu")),

@@ -22,10 +22,18 @@ def tier(request):
     cpu.set_tier(before)
 
 
-def case(rows, width, count):
+# Of x, and of all the rest: one type, or what autocast mixes.
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+ROUNDING = {torch.float32: 2.0 ** -24, torch.float16: 2.0 ** -11, torch.bfloat16: 2.0 ** -8}
+
+
+def case(rows, width, count, dtypes=DTYPES[0]):
+    """Tensors, and a gradient of the type of the output: that of x or, where there is one, of the residual."""
     g = torch.Generator().manual_seed(rows * width)
     shapes = [(rows, width), (width,), (rows, width), (width,), (width,)][:count]
-    return [torch.randn(s, generator=g) for s in shapes], torch.randn(rows, width, generator=g)
+    tensors = [torch.randn(s, generator=g) for s in shapes]
+    return ([t.to(dtypes[i > 0]) for i, t in enumerate(tensors)],
+            torch.randn(rows, width, generator=g).to(dtypes[count > 2]))
 
 
 def run(function, tensors, grad):
@@ -35,26 +43,30 @@ def run(function, tensors, grad):
 
 
 def compare(native, plain, tensors, grad):
-    """At most twice the error of plain torch in float32, and some roundings of the largest element."""
+    """At most twice the error of plain torch in the same types, and some roundings of the largest element."""
     exact = run(plain, [t.double() for t in tensors], grad.double())
     usual = run(plain, tensors, grad)
     for i, (got, u, e) in enumerate(zip(run(native, tensors, grad), usual, exact)):
-        assert got.shape == e.shape and got.dtype == torch.float32
-        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 8 * 2.0 ** -24 * e.abs().max(), i
+        assert got.shape == e.shape and got.dtype == u.dtype
+        # float32 sums in another order, and one rounding to the type of the result
+        floor = 8 * 2.0 ** -24 + (0 if u.dtype == torch.float32 else ROUNDING[u.dtype])
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + floor * e.abs().max(), i
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_relu_dropout(tier, sizes, p):
-    tensors, grad = case(*sizes, 2)
+def test_relu_dropout(tier, sizes, p, dtypes):
+    tensors, grad = case(*sizes, 2, dtypes)
     compare(lambda *t: relu_dropout(*t, p=p, seed=SEED, stream=5, backend="cpu"),
             lambda *t: relu_dropout_torch(*t, p, SEED, 5), tensors, grad)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [s for s in SIZES if s[1] > 1])
-def test_dropout_residual_norm(tier, sizes, p):
-    tensors, grad = case(*sizes, 5)
+def test_dropout_residual_norm(tier, sizes, p, dtypes):
+    tensors, grad = case(*sizes, 5, dtypes)
     compare(lambda *t: dropout_residual_norm(*t, p=p, seed=SEED, stream=5, backend="cpu"),
             lambda *t: dropout_norm_torch(*t, p, 1e-5, SEED, 5), tensors, grad)
 
@@ -129,11 +141,12 @@ def test_second_derivatives():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_opcheck():
-    (x, b, r, w, c), grad = case(6, 10, 5)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_opcheck(dtypes):
+    (x, b, r, w, c), grad = case(6, 10, 5, dtypes)
     ops = torch.ops.ada2i_fast
     mean, rstd = torch.ops.ada2i_fast.dropout_norm_forward(x, b, r, w, c, 0.3, 1e-5, SEED, 0, "cpu")[1:]
-    for op, args in ((ops.relu_dropout_forward, (x, b, 0.3, SEED, 0, "cpu")), (ops.relu_dropout_backward, (grad, x, 0.3, "cpu")),
+    for op, args in ((ops.relu_dropout_forward, (x, b, 0.3, SEED, 0, "cpu")), (ops.relu_dropout_backward, (grad.to(x.dtype), x, 0.3, "cpu")),
                      (ops.dropout_norm_forward, (x, b, r, w, c, 0.3, 1e-5, SEED, 0, "cpu")),
                      (ops.dropout_norm_backward, (grad, x, b, r, w, mean, rstd, 0.3, SEED, 0, "cpu"))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
@@ -141,7 +154,7 @@ def test_opcheck():
 
 def test_refusals():
     x, b = torch.ones(2, 3), torch.zeros(3)
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it serves float32 only"):
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it computes in float32, not float64"):
         relu_dropout(x.double(), b.double(), p=0.1, backend="cpu")
     with pytest.raises(ValueError, match="p: expected a probability below 1, got 1.0"):
         relu_dropout(x, b, p=1.0)

@@ -55,6 +55,27 @@ def test_against_float64(library, sizes, bias, relu):
         assert (got - e).abs().max() <= 2 * (y - e).abs().max() + floor
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 7, 5), (130, 257, 65)])
+def test_autocast(sizes, relu, dtype):
+    """Products in 16 bits, gradients in the parameters' type; the error at most twice that of `F.linear` under autocast, or two
+    roundings: one of the product, one of the bias that comes to it."""
+    x, w, b, grad = case(*sizes)
+
+    def cast(function):
+        def under(*tensors, **options):
+            with torch.autocast("cpu", dtype):
+                return function(*tensors, **options)
+        return under
+
+    exact = run(plain, *(t.double() for t in (x, w, b, grad)), relu=relu)
+    usual = run(cast(plain), x, w, b, grad.to(dtype), relu=relu)
+    for got, y, e in zip(run(cast(linear), x, w, b, grad.to(dtype), relu=relu), usual, exact):
+        assert got.dtype == y.dtype and got.shape == e.shape
+        assert (got - e).abs().max() <= 2 * (y - e).abs().max() + torch.finfo(dtype).eps * e.abs().max()
+
+
 def test_strides(library):
     """Transposed, sliced, expanded inputs and gradients."""
     x, w, b, grad = case(40, 24, 16)
