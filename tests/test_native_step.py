@@ -217,18 +217,20 @@ def test_several_threads_train_at_once():
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_compiles_whole(train):
-    """The whole model, native encoder ops included, in one graph: the same bits, masks too, and the same gradients but for their order of sums."""
+def test_compiles_whole_and_twice(train):
+    """The whole model, native encoder ops included, in one graph, compiled for the first sizes and once for all others: the same bits, masks
+    too, and the same gradients but for their order of sums."""
     torch._dynamo.reset()
     model = Ada2I(small_config("published", dropout=0.3 if train else 0.0)).train(train)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for lengths in ([7, 3, 5, 2], [4, 9, 3, 6]):
+    for number, lengths in enumerate(([7, 3, 5, 2], [4, 9, 3, 6], [5, 5, 8, 3], [3, 2, 11, 7])):
         batch = DialogueBatch.from_padded(*padded_case(lengths, dtype=torch.float32))
         results = []
         for call in (model, compiled):
             torch.manual_seed(0)
             model.zero_grad()
-            out = call(batch)
+            with torch._dynamo.config.patch(error_on_recompile=number >= 2):
+                out = call(batch)
             out.loss.backward()
             results.append([out.log_prob.detach(), out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         for i, (a, b) in enumerate(zip(*results, strict=True)):

@@ -94,9 +94,9 @@ def dialogue_attention_seeded(qkv: Tensor, lengths: Sequence[int], heads: int, d
 # ------------------------------------------------------------------------------------------------------- the registered ops
 
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
-_ops.define("""dialogue_attention_forward(Tensor qkv, int[] lengths, int heads, float dropout, Tensor? seed, int stream,
+_ops.define("""dialogue_attention_forward(Tensor qkv, SymInt[] lengths, int heads, float dropout, Tensor? seed, int stream,
     str backend) -> Tensor[]""")
-_ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsum, int[] lengths, int heads,
+_ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsum, SymInt[] lengths, int heads,
     float dropout, Tensor? seed, int stream, str backend) -> Tensor""")
 
 
