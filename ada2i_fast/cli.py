@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import importlib.util
@@ -67,7 +68,7 @@ _HELP = {
     "scheduler_patience": "epochs on a plateau before that",
     "seed": "first random seed",
 }
-_FILE_KEYS = ("preset", "dataset", "corpus", "seeds")
+_FILE_KEYS = ("preset", "dataset", "corpus", "seeds", "precision")
 
 
 def _fields() -> list[dataclasses.Field]:
@@ -159,7 +160,7 @@ def _read_config(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
             options[name] = _value(name, value)
         else:
             raise RunError(f"{path}: unknown option {name!r}{_near(name, [*known, *_FILE_KEYS])}")
-    for name in ("preset", "dataset", "corpus"):
+    for name in ("preset", "dataset", "corpus", "precision"):
         if not isinstance(rest.get(name, ""), str):
             raise RunError(f"{path}: {name}: expected a string, got {rest[name]!r}")
     return options, rest
@@ -195,7 +196,7 @@ def _prepare(args) -> int:
 
 
 def _train(args) -> int:
-    from .training import fit, resolve_device
+    from .training import PRECISIONS, fit, resolve_device
     from .training.files import write_toml
     from .training.logs import results_table
 
@@ -217,7 +218,8 @@ def _train(args) -> int:
         flags.setdefault(name, _value(name, text.strip()))
 
     if args.resume is not None:
-        given = [f"--{name.replace('_', '-')}" for name in ("preset", "dataset", "config", "seeds", "output") if getattr(args, name) is not None]
+        given = [f"--{name.replace('_', '-')}" for name in ("preset", "dataset", "config", "seeds", "output", "precision")
+                 if getattr(args, name) is not None]
         given += [f"--{name.replace('_', '-')}" for name in flags]
         if given:
             raise RunError(f"--resume takes everything from {args.resume}; leave out {', '.join(given)}")
@@ -234,7 +236,12 @@ def _train(args) -> int:
     preset = args.preset or file.get("preset") or "published"
     config = _config(corpus, preset, args.dataset or file.get("dataset"), {**file_options, **flags}, _note)
     seeds = _seeds(args.seeds if args.seeds is not None else file.get("seeds", 1), config.seed)
+    precision = args.precision or file.get("precision") or "float32"
+    if precision not in PRECISIONS:
+        raise RunError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
     path = where if where == "synthetic" else os.path.abspath(where)
+    if device.type == "cpu":
+        _keep_freed_memory()
 
     if args.resume is None:
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in corpus.name)
@@ -247,7 +254,7 @@ def _train(args) -> int:
             os.makedirs(output, exist_ok=True)
         except OSError as error:
             raise RunError(f"{output} cannot be written: {error.strerror or error}") from None
-        values = {"preset": preset, "corpus": path, "seeds": seeds, **config.replace(seed=seeds[0]).to_dict()}
+        values = {"preset": preset, "corpus": path, "seeds": seeds, "precision": precision, **config.replace(seed=seeds[0]).to_dict()}
         if args.dataset or file.get("dataset"):
             values["dataset"] = args.dataset or file["dataset"]
         write_toml(os.path.join(output, "config.toml"), values,
@@ -260,7 +267,8 @@ def _train(args) -> int:
     try:
         found = fit(corpus, config, output, seeds=seeds, resume=args.resume is not None, device=device, backend=args.backend,
                     tensorboard=args.tensorboard, checkpoint_every=args.checkpoint_every, corpus_path=path,
-                    say=(lambda line: None) if args.quiet else _say, bar=bar, graphs=args.graph)
+                    say=(lambda line: None) if args.quiet else _say, bar=bar, graphs=args.graph,
+                    precision=precision)
     except KeyboardInterrupt:
         print(f"ada2i-fast: interrupted; continue with: ada2i-fast train --resume {output}", file=sys.stderr)
         return 130
@@ -268,6 +276,19 @@ def _train(args) -> int:
     print(results_table(found))
     print(f"saved to {output}: results.csv, results.json, config.toml, and per seed best.pt, checkpoint.pt, epochs.csv, result.json")
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed. Large blocks, such as all gradients of a step, otherwise go back to the system, and the next step
+    faults them in again page by page: some 5 to 10 % of a step. Settings of the user's own (MALLOC_...) go first."""
+    if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:                                      # another C library
+        return
+    for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 1 << 26)):        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(parameter, value)
 
 
 def _ready(corpus, config: Ada2IConfig, seeds: Sequence[int]) -> None:
@@ -579,6 +600,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", metavar="DIR", help="continue the interrupted run in DIR, to the same numbers")
     _machine(p)
     p.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between checkpoints for --resume (default 1)")
+    p.add_argument("--precision", metavar="NAME", help="of the training steps: float32 (default), or bfloat16 by autocast")
     p.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: ordinary training steps, no CUDA graphs")
     p.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="no TensorBoard curves")
     p.add_argument("-q", "--quiet", action="store_true", help="only the results")

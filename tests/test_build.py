@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import json
 import os
 import stat
@@ -115,3 +117,18 @@ def test_a_failing_compiler_is_a_reason(fake_compilers, monkeypatch):
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("ADA2I_FAST_CUDA", "0")
     assert "compilation failed" in build(fake_compilers)["cpu"]["reason"]
+
+
+def test_a_library_of_another_build_is_refused(tmp_path, monkeypatch):
+    """One without the version, one of another version, and arguments of another size: never a call with wrong arguments."""
+    from ada2i_fast import cpu
+
+    if cpu.why_not():
+        pytest.skip(cpu.why_not())
+    with pytest.raises(RuntimeError, match="ada2i_balanced_adam_measure: libada2i_cpu.so was built from other sources: build it again"):
+        cpu.call("ada2i_balanced_adam_measure", (ctypes.c_int64 * 3)())
+    monkeypatch.setattr(cpu, "ABI_VERSION", cpu.ABI_VERSION + 1)
+    assert "speaks version" in cpu._load.__wrapped__()
+    monkeypatch.setattr(cpu, "PATH", Path(ctypes.util.find_library("m") or "libm.so.6"))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    assert "does not load" in cpu._load.__wrapped__() and "build it again" in cpu._load.__wrapped__()

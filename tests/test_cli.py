@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from ada2i_fast import Ada2IConfig, cli
+from ada2i_fast import Ada2I, Ada2IConfig, cli
 from ada2i_fast.cli import main
 from ada2i_fast.data import Corpus, synthetic_corpus
 from ada2i_fast.training.files import read_toml
@@ -106,6 +107,21 @@ def test_flags_override_the_file_which_overrides_the_preset(here, capsys):
     assert values["modalities"] == ["t", "a"] and values["seeds"] == [12] and values["padding"] == "attended"
     assert values["cosine_bias"] is False and values["input_widths"] == {"t": 10, "a": 8, "v": 9}
     assert values["corpus"] == str(here / "talk.ada2i")
+
+
+def test_precision(here, capsys, monkeypatch):
+    """bfloat16 steps, by the flag and by the file: other numbers than float32's, a finite loss, and remembered in the run."""
+    seen = []
+    monkeypatch.setattr("ada2i_fast.model.Ada2I._run", lambda self, batch, run=Ada2I._run: seen.append(
+        (self.training, torch.is_autocast_enabled("cpu"))) or run(self, batch))
+    (here / "c.toml").write_text('precision = "bfloat16"\n')
+    for number, given in enumerate((["--precision", "bfloat16"], ["--config", "c.toml"])):
+        seen.clear()
+        assert train("--corpus", "talk.ada2i", "--epochs", "1", "-o", f"half{number}", *given) == 0
+        assert set(seen) == {(True, True), (False, False)}                  # evaluation is float32
+        assert read_toml(f"half{number}/config.toml")["precision"] == "bfloat16"
+    assert "precision: expected float32 or bfloat16, got 'half'" in fails(capsys, "train", "--corpus", "talk.ada2i", "--precision", "half")
+    assert "--resume takes everything from half0; leave out --precision" in fails(capsys, "train", "--resume", "half0", "--precision", "float32")
 
 
 def test_the_effective_configuration_repeats_the_run(trained, tmp_path):

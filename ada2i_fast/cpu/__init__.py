@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
 
+ABI_VERSION = 1
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -28,8 +29,11 @@ def _load() -> ctypes.CDLL | str:
         return backends.build_reason("cpu")
     try:
         handle = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        return f"{PATH.name} does not load: {error}"
+        version = handle.ada2i_cpu_abi_version()
+    except (OSError, AttributeError) as error:
+        return f"{PATH.name} does not load: {error}; build it again (pip install -e .)"
+    if version != ABI_VERSION:
+        return f"{PATH.name} speaks version {version} of the interface, this package {ABI_VERSION}: build it again (pip install -e .)"
     handle.ada2i_cpu_tier.restype = handle.ada2i_cpu_tier_name.restype = ctypes.c_char_p
     return handle
 
@@ -92,5 +96,8 @@ def up_to_float32(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank
 
 
 def call(name: str, args: ctypes.Structure) -> None:
-    if getattr(library(), name)(ctypes.byref(args)):
+    status = getattr(library(), name)(ctypes.byref(args), ctypes.c_int64(ctypes.sizeof(args)))
+    if status == 2:
+        raise RuntimeError(f"{name}: {PATH.name} was built from other sources: build it again (pip install -e .)")
+    if status:
         raise MemoryError(f"{name}: no memory for scratch")

@@ -26,6 +26,10 @@ from torch.nn import functional as F
 
 __all__ = ["linear"]
 
+# oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
+# rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
 LIBRARIES = ("mkl", "onednn", "auto")
 _SMALL = 1 << 19                 # multiply-adds below which the choice does not matter
 

@@ -24,7 +24,9 @@ from .files import RunError, need, read_json, write_csv, write_json
 from .logs import Board, epoch_columns, results, write_results
 from .metrics import evaluate
 
-__all__ = ["batches", "fit", "resolve_device", "split"]
+__all__ = ["PRECISIONS", "batches", "fit", "resolve_device", "split"]
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -104,7 +106,7 @@ def ahead(found: Iterable[DialogueBatch], device: torch.device) -> Iterable[Dial
 def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, seeds: Sequence[int] | None = None,
         resume: bool = False, device: str | torch.device = "cpu", backend: str = "auto", tensorboard: bool = True,
         checkpoint_every: int = 1, corpus_path: str | None = None, say: Callable[[str], None] | None = None,
-        bar: bool = False, graphs: bool = True) -> dict[str, Any]:
+        bar: bool = False, graphs: bool = True, precision: str = "float32") -> dict[str, Any]:
     """Trains once per seed, tests the state of the best development W-F1, and writes everything into `output_dir`.
 
     Per epoch, as in the released code: shuffle the training conversations (from the last order on), batches of consecutive
@@ -116,6 +118,7 @@ def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, s
     have had; finished seeds are read back.  device, backend: see `resolve_device` and `Ada2I`.  checkpoint_every: epochs
     between checkpoints for resuming.  corpus_path: remembered in the checkpoints.  say: receives lines of progress.
     bar: a progress bar per epoch on stderr.  graphs: on CUDA steps are CUDA graphs where they can be, see `GraphedStep`.
+    precision: "bfloat16" puts the training steps under autocast; parameters, optimizer and evaluation stay float32.
 
     Files: seed-<n>/{checkpoint.pt, best.pt, epochs.csv, result.json}, tensorboard/, results.csv, results.json.
 
@@ -127,6 +130,8 @@ def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, s
     device = resolve_device(str(device))
     if not seeds or len(set(seeds)) != len(seeds):
         raise RunError(f"seeds: expected one or more distinct seeds, got {', '.join(map(str, seeds)) or 'none'}")
+    if precision not in PRECISIONS:
+        raise RunError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
     if corpus.labels is None:
         raise RunError(f"corpus {corpus.name} has no labels to train on")
     if corpus.num_classes != config.num_classes:
@@ -156,7 +161,8 @@ def fit(corpus: Corpus, config: Ada2IConfig, output_dir: str | os.PathLike, *, s
             raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
         say(f"seed {seed} ({number} of {len(seeds)})")
         with _own_random_state(device):
-            run = _Run(corpus, config.replace(seed=seed), directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs)
+            run = _Run(corpus, config.replace(seed=seed), directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs,
+                       precision)
             board = os.path.join(output_dir, "tensorboard", f"seed-{seed}") if tensorboard else None
             per_seed.append(run.go(resume, board))
     found = results(per_seed)
@@ -181,7 +187,8 @@ class _State:
 class _Run:
     """One seed."""
 
-    def __init__(self, corpus, config, directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs) -> None:
+    def __init__(self, corpus, config, directory, device, backend, checkpoint_every, corpus_path, say, bar, graphs,
+                 precision) -> None:
         self.corpus, self.config, self.directory, self.device = corpus, config, directory, device
         self.every, self.say, self.bar = checkpoint_every, say, bar
         self.about = checkpoint.describe(corpus, corpus_path)
@@ -189,7 +196,8 @@ class _Run:
         torch.manual_seed(config.seed)                      # every device
         self.model = Ada2I(config, backend=backend).to(device)
         self.optimizer = BalancedAdam(self.model)
-        self.step = GraphedStep(self.model, self.optimizer, mode="auto" if graphs else "eager")
+        self.step = GraphedStep(self.model, self.optimizer, mode="auto" if graphs else "eager", context=contextlib.nullcontext
+                                if precision == "float32" else lambda: torch.autocast(device.type, getattr(torch, precision)))
         self.told: str | None = ""                          # why steps are no CUDA graphs, as the user knows it
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "min", factor=config.scheduler_factor, patience=config.scheduler_patience)

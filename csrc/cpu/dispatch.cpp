@@ -53,6 +53,9 @@ const Ada2iTier* chosen() {
 
 // Names of the tiers that can run here, best first; null past the end.
 ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) { return available()[index] ? available()[index]->name : nullptr; }
+// Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
+ADA2I_EXPORT int ada2i_cpu_abi_version() { return 1; }
+
 ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 
 // Takes another tier from here on; 1 if there is none of that name.
@@ -65,27 +68,24 @@ ADA2I_EXPORT int ada2i_cpu_set_tier(const char* name) {
   return 1;
 }
 
-ADA2I_EXPORT int ada2i_tensor_ring_forward(const TensorRing* args) { return chosen()->tensor_ring_forward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_tensor_ring_backward(const TensorRing* args) { return chosen()->tensor_ring_backward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_attention_mapping_forward(const AttentionMapping* args) {
-  return chosen()->attention_mapping_forward[args->dtype](args);
-}
-ADA2I_EXPORT int ada2i_attention_mapping_backward(const AttentionMapping* args) {
-  return chosen()->attention_mapping_backward[args->dtype](args);
-}
-ADA2I_EXPORT int ada2i_cosine_fusion_forward(const CosineFusion* args) { return chosen()->cosine_fusion_forward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_cosine_fusion_backward(const CosineFusion* args) { return chosen()->cosine_fusion_backward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_relu_dropout_forward(const DropoutFused* args) { return chosen()->relu_dropout_forward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_relu_dropout_backward(const DropoutFused* args) { return chosen()->relu_dropout_backward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_dropout_norm_forward(const DropoutFused* args) { return chosen()->dropout_norm_forward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_dropout_norm_backward(const DropoutFused* args) { return chosen()->dropout_norm_backward[args->dtype](args); }
-ADA2I_EXPORT int ada2i_dialogue_attention_forward(const DialogueAttention* args) {
-  return chosen()->dialogue_attention_forward[args->dtype](args);
-}
-ADA2I_EXPORT int ada2i_dialogue_attention_backward(const DialogueAttention* args) {
-  return chosen()->dialogue_attention_backward[args->dtype](args);
-}
-ADA2I_EXPORT int ada2i_balanced_adam_measure(const BalancedAdam* args) { return chosen()->balanced_adam_measure(args); }
-ADA2I_EXPORT int ada2i_balanced_adam_update(const BalancedAdam* args) { return chosen()->balanced_adam_update(args); }
-ADA2I_EXPORT int ada2i_balanced_adam_modulate(const BalancedAdam* args) { return chosen()->balanced_adam_modulate(args); }
-ADA2I_EXPORT int ada2i_balanced_adam_noise(const BalancedAdam* args) { return chosen()->balanced_adam_noise(args); }
+// 0; 1 without memory for scratch; 2 if the caller knows the arguments in another size: it was not built together with this library.
+#define ADA2I_ENTRY(op, Args, run) \
+  ADA2I_EXPORT int ada2i_##op(const Args* args, int64_t size) { return size != int64_t(sizeof(Args)) ? 2 : chosen()->run(args); }
+#define ADA2I_TYPED(op, Args) ADA2I_ENTRY(op, Args, op[args->dtype])
+
+ADA2I_TYPED(tensor_ring_forward, TensorRing)
+ADA2I_TYPED(tensor_ring_backward, TensorRing)
+ADA2I_TYPED(attention_mapping_forward, AttentionMapping)
+ADA2I_TYPED(attention_mapping_backward, AttentionMapping)
+ADA2I_TYPED(cosine_fusion_forward, CosineFusion)
+ADA2I_TYPED(cosine_fusion_backward, CosineFusion)
+ADA2I_TYPED(relu_dropout_forward, DropoutFused)
+ADA2I_TYPED(relu_dropout_backward, DropoutFused)
+ADA2I_TYPED(dropout_norm_forward, DropoutFused)
+ADA2I_TYPED(dropout_norm_backward, DropoutFused)
+ADA2I_TYPED(dialogue_attention_forward, DialogueAttention)
+ADA2I_TYPED(dialogue_attention_backward, DialogueAttention)
+ADA2I_ENTRY(balanced_adam_measure, BalancedAdam, balanced_adam_measure)
+ADA2I_ENTRY(balanced_adam_update, BalancedAdam, balanced_adam_update)
+ADA2I_ENTRY(balanced_adam_modulate, BalancedAdam, balanced_adam_modulate)
+ADA2I_ENTRY(balanced_adam_noise, BalancedAdam, balanced_adam_noise)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,3 +154,12 @@ def test_gradients_that_are_not_needed():
     linear(x, w, b).backward(grad)
     assert x.grad is None and b.grad is None and w.grad is not None
     assert not linear(x, w.detach(), b).requires_grad
+
+
+@pytest.mark.parametrize("given,expected", [(None, "16384"), ("77", "77")])
+def test_room_for_primitives_of_many_shapes(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    if given:
+        environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = given
+    code = "import os, ada2i_fast; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout.split() == [expected]
