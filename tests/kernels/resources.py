@@ -197,7 +197,8 @@ def complaints(rows: dict[str, dict[str, int]], recorded_rows: dict[str, dict[st
     """What is wrong with `rows`: spills, too much shared memory, more registers or shared memory than recorded."""
     found = []
     for key, row in rows.items():
-        if row["stack"] or row["local"]:
+        # An older Triton may spill a few bytes where the newest does not: those are recorded, and may not become more.
+        if row["local"] or row["stack"] > recorded_rows.get(key, {}).get("stack", 0):
             found.append(f"{key}: spills, stack {row['stack']} and local {row['local']} bytes per thread")
         limit = SHARED[int(key.rsplit("_", 1)[1])]
         if row["shared"] > limit:
@@ -231,12 +232,14 @@ def save(rows: dict[str, dict[str, int]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
-    rows = {}
     arguments = parser.parse_args()
     rows = table()
     if arguments.update:
         save(rows)
-    found = complaints(rows, load() or {})
+    recorded_rows = load() or {}
+    if arguments.update:                                        # what was just written excuses no spill
+        recorded_rows = {key: {**row, "stack": 0} for key, row in recorded_rows.items()}
+    found = complaints(rows, recorded_rows)
     print("\n".join(found) or f"{len(rows)} compilations: no spills, within shared memory, as recorded for {VERSION}")
     return 1 if found else 0
 
