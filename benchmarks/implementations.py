@@ -76,6 +76,15 @@ def _maker(case: Case) -> type[Competitor]:
     return {"model": _Model, "cosine_fusion": _Fusion}.get(case.op, _Op)
 
 
+def keep_signs(model: nn.Module) -> None:
+    """Among many differences Phi(x) - target, and inputs of a ReLU, some are 0 but for rounding, and their sign, which decides on their
+    gradient, is anybody's. Biases of some standard deviations of the products keep them away; half of them lie above, half below."""
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith("bias") and ("wmn.fc." in name or "linear1." in name):
+                bias.copy_(3.0 * (-1.0) ** torch.arange(bias.numel()))
+
+
 # ---------------------------------------------------------------------------------------------------------------- AFW ops
 
 
@@ -105,11 +114,7 @@ class _Op(Competitor):
         torch.manual_seed(0)
         layer = FeatureWeightingLayer(config)
         if case.sweep:
-            # Among millions of differences Phi(x) - target some are 0 but for rounding, and their sign, which is their gradient, is
-            # anybody's. Biases of five standard deviations of Phi(x) keep them away; half of the features lie above, half below.
-            with torch.no_grad():
-                for fc in layer.wmn.fc:
-                    fc.bias.copy_(3.0 * (-1.0) ** torch.arange(width))
+            keep_signs(layer)
         if self.padded:
             self.layer = layer.to(device)
         else:
@@ -330,6 +335,7 @@ class _Model(Competitor):
         labels = torch.randint(0, config.num_classes, (int(lengths.sum()),), generator=g).to(device)
         torch.manual_seed(0)
         initial = Textbook(config)
+        keep_signs(initial)
         if self.padded:
             self.model = initial.to(device)
             self.arguments = (tensors, lengths.to(device), labels if self.training else None)

@@ -216,11 +216,14 @@ _batches: dict[tuple, Batch] = {}       # the last used last
 _captured: dict[tuple, Tensor] = {}     # what CUDA graphs read, for good
 
 
-def dialogue_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+def dialogue_offsets(lengths: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """int64 [B + 1] on the device, without waiting for it: copied once for batches of the same lengths.
 
     A CUDA graph would copy again from memory that is gone, so during capture only lengths that a step before it had are served.
+    Offsets that are on the device already are taken as they are.
     """
+    if isinstance(lengths, Tensor):
+        return lengths
     key = (tuple(lengths), device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key in _captured:
@@ -241,6 +244,11 @@ def dialogue_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     return batch.offsets
 
 
+def count(lengths: Sequence[int] | Tensor) -> int:
+    """Dialogues, of lengths [B] or offsets [B + 1]."""
+    return lengths.numel() - 1 if isinstance(lengths, Tensor) else len(lengths)
+
+
 def copied(lengths: Sequence[int], device: torch.device) -> Batch:
     starts = [0]
     for n in lengths:
@@ -255,20 +263,21 @@ def copied(lengths: Sequence[int], device: torch.device) -> Batch:
 # -------------------------------------------------------------------------------------------------------- forward launcher
 
 
-def forward(qkv: Tensor, lengths: Sequence[int], heads: int, p: float, seed: Tensor | None, stream: int) -> list[Tensor]:
-    """qkv: [N, 3 d], float32, bfloat16 or float16; lengths: B, summing to N; seed: int64 [1], needed where p > 0.
+def forward(qkv: Tensor, lengths: Sequence[int] | Tensor, heads: int, p: float, seed: Tensor | None, stream: int) -> list[Tensor]:
+    """qkv: [N, 3 d], float32, bfloat16 or float16; lengths: B, summing to N, or offsets int64 [B + 1] on the device;
+    seed: int64 [1], needed where p > 0.
 
-    Returns out [N, d], as qkv, and log sum exp of the scores, float32 [N, heads].
+    Returns out [N, d], as qkv, and of the scores of a row and head the maximum and log sum exp above it, float32 [N, heads, 2].
     """
     (qkv,), = common.contiguous((qkv,))
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     out, logsum = qkv.new_empty((rows, width)), qkv.new_empty((rows, heads, 2), dtype=torch.float32)
     if rows:
-        meta = constants(qkv.dtype, width, heads, rows, len(lengths))
+        meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         offsets = dialogue_offsets(lengths, qkv.device)
         with torch.cuda.device_of(qkv):
-            attend[grid(meta, rows, len(lengths))](
-                qkv, offsets, out, logsum, seed, len(lengths), stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
+            attend[grid(meta, rows, count(lengths))](
+                qkv, offsets, out, logsum, seed, count(lengths), stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
                 **common.dropout_arguments(p), **meta)
     return [out, logsum]
 
@@ -276,23 +285,23 @@ def forward(qkv: Tensor, lengths: Sequence[int], heads: int, p: float, seed: Ten
 # ------------------------------------------------------------------------------------------------------- backward launcher
 
 
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths: Sequence[int], heads: int, p: float,
+def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths: Sequence[int] | Tensor, heads: int, p: float,
              seed: Tensor | None, stream: int) -> Tensor:
     """grad_out: [N, d]; out, logsum: from `forward`. Returns the gradient of qkv, in its dtype."""
     (grad_out, qkv, out), = common.contiguous((grad_out, qkv, out))
     rows, width = out.shape
     grad = torch.empty_like(qkv)
     if rows:
-        meta = constants(qkv.dtype, width, heads, rows, len(lengths))
+        meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         if meta["PRECISION"] == "ieee":     # or it spills
             meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4)
         elif meta["BLOCK_D"] > 64:
             meta.update(BLOCK_N=32, num_warps=8)
         offsets = dialogue_offsets(lengths, qkv.device)
-        tiles, programs = grid(meta, rows, len(lengths))
+        tiles, programs = grid(meta, rows, count(lengths))
         with torch.cuda.device_of(qkv):
             attend_gradients[(2 * tiles, programs)](
-                grad_out, qkv, offsets, out, logsum, grad, seed, len(lengths), tiles, stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
+                grad_out, qkv, offsets, out, logsum, grad, seed, count(lengths), tiles, stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
                 **common.dropout_arguments(p), **meta)
     return grad
 

@@ -94,19 +94,20 @@ def dialogue_attention_seeded(qkv: Tensor, lengths: Sequence[int], heads: int, d
 # ------------------------------------------------------------------------------------------------------- the registered ops
 
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
-_ops.define("""dialogue_attention_forward(Tensor qkv, SymInt[] lengths, int heads, float dropout, Tensor? seed, int stream,
-    str backend) -> Tensor[]""")
-_ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsum, SymInt[] lengths, int heads,
-    float dropout, Tensor? seed, int stream, str backend) -> Tensor""")
+_ops.define("""dialogue_attention_forward(Tensor qkv, SymInt[] lengths, Tensor? offsets, int heads, float dropout, Tensor? seed,
+    int stream, str backend) -> Tensor[]""")
+_ops.define("""dialogue_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsum, SymInt[] lengths,
+    Tensor? offsets, int heads, float dropout, Tensor? seed, int stream, str backend) -> Tensor""")
 
 
-def _forward(qkv, lengths, heads, dropout, seed, stream, backend):
-    """out [N, d], and [N, heads, 2] in float32 or float64: m and l."""
-    return backends.module("dialogue_attention", backend).forward(qkv, lengths, heads, dropout, seed, stream)
+def _forward(qkv, lengths, offsets, heads, dropout, seed, stream, backend):
+    """out [N, d], and [N, heads, 2] in float32 or float64: m and l. offsets int64 [B + 1]: instead of lengths, for Triton."""
+    return backends.module("dialogue_attention", backend).forward(qkv, lengths if offsets is None else offsets, heads, dropout, seed, stream)
 
 
-def _backward(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend):
-    return backends.module("dialogue_attention", backend).backward(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream)
+def _backward(grad_out, qkv, out, logsum, lengths, offsets, heads, dropout, seed, stream, backend):
+    return backends.module("dialogue_attention", backend).backward(
+        grad_out, qkv, out, logsum, lengths if offsets is None else offsets, heads, dropout, seed, stream)
 
 
 for _device in ("CPU", "CUDA"):
@@ -115,13 +116,13 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_forward")
-def _(qkv, lengths, heads, dropout, seed, stream, backend):
+def _(qkv, lengths, offsets, heads, dropout, seed, stream, backend):
     precise = torch.promote_types(qkv.dtype, torch.float32)
     return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, 2, dtype=precise)]
 
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_backward")
-def _(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend):
+def _(grad_out, qkv, out, logsum, lengths, offsets, heads, dropout, seed, stream, backend):
     return qkv.new_empty(qkv.shape)
 
 
@@ -130,22 +131,25 @@ def _(grad_out, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend
 
 class _DialogueAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, lengths, heads, dropout, seed, stream, backend):
-        out, logsum = torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, heads, dropout, seed, stream, backend)
+    def forward(ctx, qkv, lengths, offsets, heads, dropout, seed, stream, backend):
+        out, logsum = torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, offsets, heads, dropout, seed, stream, backend)
         ctx.settings = (lengths, heads, dropout, stream, backend)
-        ctx.save_for_backward(qkv, out, logsum, seed)
+        ctx.save_for_backward(qkv, out, logsum, seed, offsets)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        qkv, out, logsum, seed = ctx.saved_tensors
+        qkv, out, logsum, seed, offsets = ctx.saved_tensors
         lengths, heads, dropout, stream, backend = ctx.settings
         if torch.is_grad_enabled():                             # create_graph=True: the ops have no derivative, the formula has
+            if offsets is not None:
+                lengths = offsets.diff().tolist()
             again = dialogue_attention_seeded(qkv, lengths, heads, dropout, seed, stream)
             result, = torch.autograd.grad(again, qkv, grad, create_graph=True)
         else:
-            result = torch.ops.ada2i_fast.dialogue_attention_backward(grad, qkv, out, logsum, lengths, heads, dropout, seed, stream, backend)
-        return result, None, None, None, None, None, None
+            result = torch.ops.ada2i_fast.dialogue_attention_backward(grad, qkv, out, logsum, lengths, offsets, heads, dropout, seed,
+                                                                             stream, backend)
+        return result, None, None, None, None, None, None, None
 
 
 def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, heads: int, *, dropout: float = 0.0, seed: Tensor | None = None,
@@ -158,7 +162,7 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
     A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
     """
     on_device = isinstance(lengths, DialogueOffsets)
-    if on_device and not lengths.offsets.is_cuda and backend != "torch":
+    if on_device and not lengths.offsets.is_cuda and backend not in ("torch", "triton"):
         lengths, on_device = lengths.offsets.diff().tolist(), False
     rows = qkv.shape[0] if on_device else sum(lengths)
     if rows != qkv.shape[0]:
@@ -167,9 +171,9 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
         raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {list(qkv.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-    if on_device:
-        return dialogue_attention_offsets(qkv, lengths, heads, dropout)
     backend = backends.choose("dialogue_attention", [qkv], backend)
+    if on_device and backend == "torch":
+        return dialogue_attention_offsets(qkv, lengths, heads, dropout)
     if dropout == 0.0:
         seed = None
     if backend == "torch":
@@ -178,7 +182,7 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
         return dialogue_attention_seeded(qkv, lengths, heads, dropout, seed, stream)
     if dropout and seed is None:
         seed = torch.randint(2 ** 63 - 1, (1,), device=qkv.device)
-    lengths = list(lengths)
+    lengths, offsets = ([], lengths.offsets) if on_device else (list(lengths), None)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _DialogueAttention.apply(qkv, lengths, heads, dropout, seed, stream, backend)
-    return torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, heads, dropout, seed, stream, backend)[0]
+        return _DialogueAttention.apply(qkv, lengths, offsets, heads, dropout, seed, stream, backend)
+    return torch.ops.ada2i_fast.dialogue_attention_forward(qkv, lengths, offsets, heads, dropout, seed, stream, backend)[0]

@@ -448,6 +448,17 @@ def offsets_case(checks: Checks) -> None:
     checks.true("the others go first", make([2, 0, 3], device) is first and ((0,), device) not in dialogue_attention._batches)
     checks.true("bounded", len(dialogue_attention._batches) == dialogue_attention.MOST_BATCHES)
 
+    from ada2i_fast.ops import DialogueOffsets, dialogue_attention as op
+
+    lengths = [3, 0, 7, 2]
+    qkv, grad = encoder_cases.attention_inputs("float32", lengths, 2, 16)
+    found = []
+    for given in (lengths, DialogueOffsets(make(lengths, device), 8)):
+        leaf = qkv.clone().requires_grad_()
+        out = op(leaf, given, 2, dropout=0.3, seed=torch.tensor([5]), backend="triton")
+        found.append([out, *torch.autograd.grad(out, leaf, grad)])
+    checks.true("offsets of the device are lengths", all(torch.equal(a, b) for a, b in zip(*found)))
+
 
 # -------------------------------------------------------------------------------------------------------- shared pieces
 

@@ -146,9 +146,9 @@ def test_second_derivatives():
 def test_opcheck(dtype):
     qkv, grad = case([4, 2], 6, dtype=dtype)
     ops = torch.ops.ada2i_fast
-    out, logsum = ops.dialogue_attention_forward(qkv, [4, 2], 2, 0.3, SEED, 0, "cpu")
-    for op, args in ((ops.dialogue_attention_forward, (qkv, [4, 2], 2, 0.3, SEED, 0, "cpu")),
-                     (ops.dialogue_attention_backward, (grad, qkv, out, logsum, [4, 2], 2, 0.3, SEED, 0, "cpu"))):
+    out, logsum = ops.dialogue_attention_forward(qkv, [4, 2], None, 2, 0.3, SEED, 0, "cpu")
+    for op, args in ((ops.dialogue_attention_forward, (qkv, [4, 2], None, 2, 0.3, SEED, 0, "cpu")),
+                     (ops.dialogue_attention_backward, (grad, qkv, out, logsum, [4, 2], None, 2, 0.3, SEED, 0, "cpu"))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
