@@ -74,7 +74,7 @@ class DialogueBatch:
 
     @property
     def max_length(self) -> int:
-        return max(self.lengths, default=0)
+        return max(self.lengths) if self.lengths else 0
 
     @property
     def device(self) -> torch.device:

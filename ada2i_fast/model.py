@@ -130,7 +130,7 @@ class Ada2I(nn.Module):
         labels = batch.labels
         fixed = isinstance(batch, FixedBatch)
         real = None
-        if not fixed and config.padding == "attended" and min(batch.lengths, default=0) != batch.max_length:
+        if not fixed and config.padding == "attended" and any(n != batch.max_length for n in batch.lengths):
             padded, real = DialogueBatch(features, batch.offsets, None, batch.lengths).padded()
             if config.encoder == "transformer":
                 features = padded.features

@@ -42,7 +42,7 @@ PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, RING, MAPPING, 
 
 # By the beginning of the registered op's name; an op that is not here is a part of its own.
 OPS = {"tensor_ring": RING, "attention_mapping": MAPPING, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
-       "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_update": UPDATE}
+       "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
 NORMS = ("aten::_foreach_norm", "aten::linalg_vector_norm", "aten::std", "aten::mean")

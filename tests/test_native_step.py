@@ -237,6 +237,16 @@ def test_compiles_whole_and_twice(train):
             assert (a - b).abs().max() <= (0 if i == 0 else 32 * 2.0 ** -24 * a.abs().max()), i
 
 
+def test_released_padding_compiles_whole():
+    """Where padded rows are rows: one graph, too, and the same bits."""
+    torch._dynamo.reset()
+    model = Ada2I(small_config("released", dropout=0.0))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 5, 5], [7, 3, 5]):
+        batch = DialogueBatch.from_padded(*padded_case(lengths, dtype=torch.float32))
+        assert torch.equal(model(batch).log_prob, compiled(batch).log_prob)
+
+
 def test_memory_grows_linearly_up_to_100_000_utterances():
     """What a layer keeps for backward, to the byte: 100 times the dialogues, 100 times the bytes, less what does not depend on them."""
     layer = FeatureWeighting([16] * 3, 4, 1, backend="cpu")
