@@ -18,7 +18,7 @@ op without `backend`; `ring` comes flattened. They return flat lists:
     cosine_fusion.backward      gradients of hidden, M of them, of weight and, with one, of bias
 
 `dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update, on CUDA
-settings) are called as their op files say.
+settings, on the CPU modulate) are called as their op files say.
 
 The target may be the attention itself, where that is what the loss compares with. Without `with_target`, the last argument of
 tensor_ring.forward, nobody reads anything but the outputs, and a backend may return them alone. A module may have `why_not(device, dtype, widths,
@@ -30,6 +30,7 @@ serve then raises. Nothing here touches a driver before a tensor lives on its de
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -112,6 +113,11 @@ def _cached(op: str, backend: str, forced: str, device: str, dtype: torch.dtype,
                 if not (name == "triton" and device == "cpu") and _why_not(op, name, device, dtype, widths, rank) is None)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over elements of a dtype are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -> str:
     """The backend that serves `op` for the M tensors x [N, D_j].
 
@@ -155,6 +161,19 @@ def build_reason(library: str) -> str:
     """Why the build left a native library out."""
     reason = _build_info().get(library, {}).get("reason")
     return f"not built: {reason}" if reason else "not built: install the package (pip install -e .)"
+
+
+def load_library(name: str, path: Path, version: int) -> ctypes.CDLL:
+    """The native library at `path`. Raises RuntimeError if it does not load, or was built from other sources."""
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{error}; build it again (pip install -e .)") from None
+    number = getattr(handle, f"ada2i_{name}_abi_version", None)
+    found = number() if number else None
+    if found != version:
+        raise RuntimeError(f"it speaks version {found} of the interface, this package {version}: build it again (pip install -e .)")
+    return handle
 
 
 def info() -> dict[str, str]:

@@ -176,9 +176,7 @@ class FixedBatch:
         if self.rows is None:
             if count != slots or size != count * self.longest:
                 raise ValueError(f"batch: expected {slots} dialogues, got {count}")
-            number = torch.arange(n, device=batch.device)
-            dialogue = torch.searchsorted(batch.offsets[1:], number, right=True)
-            places = dialogue * self.longest + number - batch.offsets[dialogue]
+            places = DialogueOffsets(batch.offsets, self.longest).places(n)
             for m, x in self.features.items():
                 x.zero_().index_copy_(0, places, batch.features[m])
             self.labels.fill_(NO_LABEL).index_copy_(0, places, batch.labels)

@@ -214,7 +214,7 @@ class Ada2I(nn.Module):
             seed = None
             if noisy:
                 sizes = torch.tensor([g.numel() for g in grads], dtype=torch.float64)
-                settings[:, 4] = k * (balanced_adam.measure(grads)[:, 1] / (sizes - 1).clamp(min=1)).sqrt() + 1e-8
+                settings[:, 4] = k * balanced_adam.spreads(balanced_adam.measure(grads), sizes) + 1e-8
                 seed = F.pad(torch.randint(2 ** 63 - 1, (1,)), (0, 1))
             balanced_adam.modulate(grads, settings, numbers=range(len(grads)), seed=seed)
             return

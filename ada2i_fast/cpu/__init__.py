@@ -13,6 +13,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
+
 __all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
 
 ABI_VERSION = 1
@@ -24,16 +26,11 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none. torch is imported before, so its OpenMP runtime serves both."""
     if not PATH.exists():
-        from .. import backends
-
         return backends.build_reason("cpu")
     try:
-        handle = ctypes.CDLL(str(PATH))
-        version = handle.ada2i_cpu_abi_version()
-    except (OSError, AttributeError) as error:
-        return f"{PATH.name} does not load: {error}; build it again (pip install -e .)"
-    if version != ABI_VERSION:
-        return f"{PATH.name} speaks version {version} of the interface, this package {ABI_VERSION}: build it again (pip install -e .)"
+        handle = backends.load_library("cpu", PATH, ABI_VERSION)
+    except RuntimeError as error:
+        return f"{PATH.name} does not load: {error}"
     handle.ada2i_cpu_tier.restype = handle.ada2i_cpu_tier_name.restype = ctypes.c_char_p
     return handle
 
@@ -81,10 +78,6 @@ def int64s(numbers: Sequence[int]) -> ctypes.Array:
 
 def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[t if t.is_contiguous() else t.contiguous() for t in tensors] for tensors in lists]
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def float32_only(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str | None:

@@ -8,7 +8,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from . import DTYPES, accumulator, call, contiguous, int64s, pointers
+from ..backends import accumulator
+from . import DTYPES, call, contiguous, int64s, pointers
 
 
 class _Arguments(ctypes.Structure):

@@ -8,7 +8,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from . import DTYPES, accumulator, call, contiguous, pointers
+from ..backends import accumulator
+from . import DTYPES, call, contiguous, pointers
 
 
 class _Arguments(ctypes.Structure):

@@ -15,6 +15,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
+
 __all__ = ["library", "load", "why_not"]
 
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cuda.so"
@@ -33,11 +35,8 @@ Ints = ctypes.c_int32 * MAX_MODALITIES
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`. Raises OSError, or RuntimeError if it was built from other sources."""
-    handle = ctypes.CDLL(str(path))
-    version = handle.ada2i_cuda_abi_version()
-    if version != ABI_VERSION:
-        raise RuntimeError(f"{path} speaks version {version} of the interface, this package {ABI_VERSION}: build it again")
+    """The library at `path`. Raises RuntimeError if it does not load, or was built from other sources."""
+    handle = backends.load_library("cuda", path, ABI_VERSION)
     handle.ada2i_cuda_error_string.argtypes = [ctypes.c_int]
     handle.ada2i_cuda_error_string.restype = ctypes.c_char_p
     for name in CALLS:
@@ -52,14 +51,12 @@ def load(path: Path) -> ctypes.CDLL:
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if not PATH.exists():
-        from .. import backends
-
         return backends.build_reason("cuda")
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     try:
         return load(PATH)
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError) as error:
         return f"{PATH.name} does not load: {error}"
 
 

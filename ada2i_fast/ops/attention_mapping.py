@@ -23,7 +23,7 @@ __all__ = ["attention_mapping"]
 def attention_mapping_torch(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor],
                             coefficient: Sequence[float]) -> Tensor:
     """The formula in plain PyTorch: any device, any number of derivatives."""
-    precise = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    precise = backends.accumulator(x[0].dtype)
     total = x[0].new_zeros((), dtype=precise)
     for x_j, target_j, w, b, c in zip(x, target, weight, bias, coefficient):
         total = total + c * (F.linear(x_j, w, b) - target_j).abs().sum(dtype=precise)
@@ -63,7 +63,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("ada2i_fast::attention_mapping_forward")
 def _(x, target, weight, bias, reduction, backend):
-    precise = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    precise = backends.accumulator(x[0].dtype)
     return [x[0].new_empty((), dtype=precise), *(t.new_empty(t.shape, dtype=torch.int8) for t in x)]
 
 

@@ -33,7 +33,7 @@ from .. import backends
 from ..balance import modulation_coefficients
 from .dropout import philox_words
 
-__all__ = ["measure", "modulate", "normals", "settings", "update"]
+__all__ = ["measure", "modulate", "normals", "settings", "spreads", "update"]
 
 
 def normals(seed: Tensor, number: int, step: int, size: int) -> Tensor:
@@ -49,6 +49,11 @@ def measure_torch(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack((means, torch.stack([(g.double() - mean).square().sum() for g, mean in zip(grads, means)])), dim=1)
 
 
+def spreads(measures: Tensor, sizes: Tensor) -> Tensor:
+    """Unbiased standard deviation of each tensor, 0 for a single element: [T], of measures [T, 2] and sizes [T]."""
+    return (measures[:, 1] / (sizes - 1).clamp(min=1)).sqrt()
+
+
 def settings_torch(measures, sizes, step, lr, decay, owner, ratio, key, noise, clip_norm, clip_first, alpha, beta1,
                    beta2) -> list[Tensor]:
     mean, square = measures.unbind(1)
@@ -59,7 +64,7 @@ def settings_torch(measures, sizes, step, lr, decay, owner, ratio, key, noise, c
     squared_norms = square + sizes * mean * mean
     norm = (squared_norms if clip_first else squared_norms * k * k).sum().sqrt()
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
-    spread = (square / (sizes - 1).clamp(min=1)).sqrt() * (clip if clip_first else 1.0)
+    spread = spreads(measures, sizes) * (clip if clip_first else 1.0)
     noisy = owner > 0
     made = torch.stack((
         clip * k, decay, lr / (1 - beta1 ** t), (1 - beta2 ** t).rsqrt(),

@@ -51,7 +51,7 @@ def cosine_fusion_torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor |
             unimodal = torch.stack([f.detach() for f in fused] if fused is not None else cosines())
         else:
             unimodal = torch.stack([F.linear(h, w) + share for h, w in zip(hidden, weights)])
-        log_prob = F.log_softmax(unimodal, dim=2, dtype=_precise(unimodal))
+        log_prob = F.log_softmax(unimodal, dim=2, dtype=backends.accumulator(unimodal.dtype))
         scores = ratio = None
         if labels is not None:
             without = labels == NO_LABEL
@@ -59,10 +59,6 @@ def cosine_fusion_torch(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor |
             scores = given.masked_fill(without[:, None], 0.0).sum(dim=(1, 2))
             ratio = scores / scores.min()
     return joint, log_prob, scores, ratio
-
-
-def _precise(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------- the registered ops
@@ -92,9 +88,10 @@ for _device in ("CPU", "CUDA"):
 @torch.library.register_fake("ada2i_fast::cosine_fusion_forward")
 def _(hidden, weight, bias, labels, amw, cosine_norm, scale, score_from, backend):
     (rows, _), classes, first = hidden[0].shape, weight.shape[0], hidden[0]
-    found = [first.new_empty((rows, classes)), first.new_empty((len(hidden), rows, classes), dtype=_precise(first)),
-             first.new_empty((len(hidden), rows), dtype=_precise(first))]
-    return found if labels is None else found + [first.new_empty((len(hidden),), dtype=_precise(first)) for _ in range(2)]
+    precise = backends.accumulator(first.dtype)
+    found = [first.new_empty((rows, classes)), first.new_empty((len(hidden), rows, classes), dtype=precise),
+             first.new_empty((len(hidden), rows), dtype=precise)]
+    return found if labels is None else found + [first.new_empty((len(hidden),), dtype=precise) for _ in range(2)]
 
 
 @torch.library.register_fake("ada2i_fast::cosine_fusion_backward")

@@ -32,6 +32,12 @@ class DialogueOffsets(NamedTuple):
     offsets: Tensor
     longest: int
 
+    def places(self, rows: int) -> Tensor:
+        """Where each of `rows` rows lies once every dialogue is padded to `longest`: int64 [rows]."""
+        number = torch.arange(rows, device=self.offsets.device)
+        dialogue = torch.searchsorted(self.offsets[1:], number, right=True)
+        return dialogue * self.longest + number - self.offsets[dialogue]
+
 
 def dialogue_attention_torch(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float) -> Tensor:
     """In plain PyTorch. Dialogues of equal length go through one batched product, so nothing is padded."""
@@ -70,9 +76,7 @@ def dialogue_attention_offsets(qkv: Tensor, lengths: DialogueOffsets, heads: int
     real = (place < offsets.diff()[:, None]) | (place == 0)
     q, k, v = qkv.index_select(0, rows_of.flatten()).view(-1, longest, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :], dropout_p=dropout)
-    number = torch.arange(rows, device=qkv.device)
-    dialogue = torch.searchsorted(offsets[1:], number, right=True)
-    return out.transpose(1, 2).reshape(-1, width).index_select(0, dialogue * longest + number - offsets[dialogue])
+    return out.transpose(1, 2).reshape(-1, width).index_select(0, lengths.places(rows))
 
 
 def dialogue_attention_seeded(qkv: Tensor, lengths: Sequence[int], heads: int, dropout: float, seed: Tensor | None,
@@ -117,7 +121,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("ada2i_fast::dialogue_attention_forward")
 def _(qkv, lengths, offsets, heads, dropout, seed, stream, backend):
-    precise = torch.promote_types(qkv.dtype, torch.float32)
+    precise = backends.accumulator(qkv.dtype)
     return [qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(qkv.shape[0], heads, 2, dtype=precise)]
 
 

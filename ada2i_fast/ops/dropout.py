@@ -90,10 +90,6 @@ def dropout_norm_torch(x, bias, residual, weight, norm_bias, p, eps, seed, strea
     return F.layer_norm(s, x.shape[1:], weight.to(s.dtype), norm_bias.to(s.dtype), eps).to(residual.dtype)
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 # ------------------------------------------------------------------------------------------------------- the registered ops
 
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
@@ -138,12 +134,12 @@ def _(x, bias, p, seed, stream, backend):
 
 @torch.library.register_fake("ada2i_fast::relu_dropout_backward")
 def _(grad_out, out, p, backend):
-    return [out.new_empty(out.shape), out.new_empty(out.shape[1:], dtype=_precise(out.dtype))]
+    return [out.new_empty(out.shape), out.new_empty(out.shape[1:], dtype=backends.accumulator(out.dtype))]
 
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_forward")
 def _(x, bias, residual, weight, norm_bias, p, eps, seed, stream, backend):
-    return [residual.new_empty(x.shape), *(x.new_empty(x.shape[:1], dtype=_precise(x.dtype)) for _ in range(2))]
+    return [residual.new_empty(x.shape), *(x.new_empty(x.shape[:1], dtype=backends.accumulator(x.dtype)) for _ in range(2))]
 
 
 @torch.library.register_fake("ada2i_fast::dropout_norm_backward")
@@ -177,7 +173,7 @@ class _ReluDropout(torch.autograd.Function):
         p, backend = ctx.settings
         if torch.is_grad_enabled():                             # piecewise linear: this is differentiable in all that it depends on
             g = grad * (out > 0) * (1.0 / (1.0 - p))
-            return g, g.sum(0, dtype=_precise(g.dtype)), None, None, None, None
+            return g, g.sum(0, dtype=backends.accumulator(g.dtype)), None, None, None, None
         return *torch.ops.ada2i_fast.relu_dropout_backward(grad, out, p, backend), None, None, None, None
 
 

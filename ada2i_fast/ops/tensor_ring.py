@@ -111,7 +111,7 @@ for _device in ("CPU", "CUDA"):
 @torch.library.register_fake("ada2i_fast::tensor_ring_forward")
 def _(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed, gated_target, with_target, backend):
     rows, dialogues, rank4 = x[0].shape[0], offsets.shape[0] - 1, proj_bias[0].shape[0]
-    precise = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    precise = backends.accumulator(x[0].dtype)
 
     def like_x():
         return [t.new_empty(t.shape) for t in x]

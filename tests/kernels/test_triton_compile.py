@@ -28,6 +28,27 @@ def names(launches) -> Counter:
     return Counter(kernel.__name__ for kernel, *_ in launches)
 
 
+def compilations(launches) -> set[tuple]:
+    """What Triton would compile for these launches, each once."""
+    found = set()
+    for kernel, _, args, kwargs in launches:
+        what, options = resources.source(kernel, args, kwargs)
+        found.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+    return found
+
+
+class Watch(TorchDispatchMode):
+    """The operators that are called inside: `seen`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("widths", [[300], [300] * 2, [300] * 3, [300] * 5])
 def test_launches_do_not_grow_with_modalities(widths):
     forward, backward = resources.layer(torch.float32, 500, 10, widths, 11, gated=True)
@@ -65,36 +86,24 @@ def test_batches_do_not_recompile():
     seen = set()
     for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
         for launches in resources.layer(torch.float32, rows, dialogues, [300] * 3, 11, gated=True):
-            for kernel, _, args, kwargs in launches:
-                what, options = resources.source(kernel, args, kwargs)
-                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+            seen |= compilations(launches)
     assert len(seen) == 8       # seven kernels, reduce_splits for two ops
     seen = set()
     for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
         for launches in resources.encoder(torch.float32, rows, dialogues, 300, 5, 2048):
-            for kernel, _, args, kwargs in launches:
-                what, options = resources.source(kernel, args, kwargs)
-                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+            seen |= compilations(launches)
     assert len(seen) == 8       # seven kernels, reduce_splits for two ops
 
 
 def test_no_synchronisation_and_no_copies():
     """The launchers allocate, view and launch: nothing that would read a value back or break a CUDA graph."""
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.add(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    seen: set[str] = set()
-    with Watch():
-        dialogue_attention.dialogue_offsets([50] * 10, torch.device("cpu"))     # the batch before, of the same lengths
-        seen.clear()
+    dialogue_attention.dialogue_offsets([50] * 10, torch.device("cpu"))         # the batch before, of the same lengths
+    with Watch() as encoder:
         resources.encoder(torch.float32, 500, 10, 300, 5, 2048)
-        encoder = set(seen)
+    with Watch() as layer:
         resources.layer(torch.float32, 500, 10, [300] * 3, 11, gated=True)
-    assert encoder <= {"empty", "empty_like", "new_empty"}, encoder
-    assert seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, seen
+    assert encoder.seen <= {"empty", "empty_like", "new_empty"}, encoder.seen
+    assert layer.seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, layer.seen
 
 
 # ---- cosine_fusion
@@ -114,23 +123,16 @@ def test_fusion_does_not_recompile():
     seen = set()
     for rows in (480, 481, 1_000, 33, 1):
         for launches in resources.fusion(torch.float32, rows, 300, 6):
-            for kernel, grid, args, kwargs in launches:
-                what, options = resources.source(kernel, args, kwargs)
-                seen.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
+            seen |= compilations(launches)
+            for _, grid, *_ in launches:
                 assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
     assert len(seen) == 4
 
 
 def test_fusion_does_not_synchronise():
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.add(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    seen: set[str] = set()
-    with Watch():
+    with Watch() as fusion:
         resources.fusion(torch.float32, 500, 300, 6, released=True)
-    assert seen <= {"empty", "empty_like", "new_empty"}, seen
+    assert fusion.seen <= {"empty", "empty_like", "new_empty"}, fusion.seen
 
 
 def test_resources():

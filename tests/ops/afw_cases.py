@@ -172,6 +172,20 @@ def textbook(case: Case, given: dict[str, list[Tensor]]) -> tuple[dict[str, Tens
     return first, {"loss": loss} | dict(zip(names, found))
 
 
+def assert_same_bits_with_threads(run, counts=(1, 2, 2, 3)) -> None:
+    """run() -> tensors, in a list or a dictionary: the same bits with each number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found = run()
+            results.append(list(found.values()) if isinstance(found, dict) else found)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def poisoned(monkeypatch) -> None:
     """torch.empty and its kin return NaN (-128 for signs): whoever leaves an element unwritten is found out."""
 

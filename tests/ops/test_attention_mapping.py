@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 
 from ada2i_fast import cpu
 from ada2i_fast.ops import attention_mapping
-from afw_cases import Case, assert_close, cases, guarded, inputs, leaves, poisoned, run_mapping, textbook
+from afw_cases import (Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, poisoned, run_mapping,
+                       textbook)
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -82,15 +83,8 @@ def test_no_difference_has_no_gradient():
 
 def test_same_bits_whatever_the_threads():
     for dtype in DTYPES:
-        drawn, before, results = inputs(IEMOCAP, dtype), torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(run_mapping(IEMOCAP, drawn, "cpu"))
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(results[0][name], other[name]) for name in other)
+        drawn = inputs(IEMOCAP, dtype)
+        assert_same_bits_with_threads(lambda: run_mapping(IEMOCAP, drawn, "cpu"))
 
 
 @pytest.mark.parametrize("tier", TIERS, indirect=True)

@@ -13,7 +13,7 @@ from ada2i_fast import cpu, reference
 from ada2i_fast.balance import disparity_ratio
 from ada2i_fast.modules import ModalityWeighting
 from ada2i_fast.ops import cosine_fusion
-from afw_cases import assert_close, guarded, poisoned
+from afw_cases import assert_close, assert_same_bits_with_threads, guarded, poisoned
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -237,15 +237,8 @@ def test_nan_stays_in_its_row(tier):
 def test_same_bits_whatever_the_threads():
     for case in (SHAPES["iemocap"], SHAPES["chunks"]):
         for dtype in DTYPES:
-            drawn, before, results = inputs(case, dtype), torch.get_num_threads(), []
-            try:
-                for threads in (1, 2, 2, 3):
-                    torch.set_num_threads(threads)
-                    results.append(run(case, drawn, "cpu"))
-            finally:
-                torch.set_num_threads(before)
-            for other in results[1:]:
-                assert all(torch.equal(results[0][name], other[name]) for name in other)
+            drawn = inputs(case, dtype)
+            assert_same_bits_with_threads(lambda: run(case, drawn, "cpu"))
 
 
 @pytest.mark.parametrize("tier", TIERS, indirect=True)

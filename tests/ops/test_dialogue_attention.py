@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from afw_cases import assert_same_bits_with_threads
 from ada2i_fast import cpu
 from ada2i_fast.ops import dialogue_attention
 from ada2i_fast.ops.dialogue_attention import dialogue_attention_seeded
@@ -82,13 +83,7 @@ def test_long_dialogue():
 def test_threads_are_bitwise_equal():
     lengths = [60, 45, 30, 70]
     qkv, grad = case(lengths, 256)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(run(lambda t: dialogue_attention(t, lengths, 4, dropout=0.2, seed=SEED, backend="cpu"), qkv, grad))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    assert_same_bits_with_threads(lambda: run(lambda t: dialogue_attention(t, lengths, 4, dropout=0.2, seed=SEED, backend="cpu"), qkv, grad))
 
 
 @native

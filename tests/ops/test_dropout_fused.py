@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from afw_cases import assert_same_bits_with_threads
 from ada2i_fast import cpu
 from ada2i_fast.ops import keep_mask
 from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, relu_dropout, relu_dropout_torch
@@ -104,14 +105,8 @@ def test_strided_and_empty():
 
 def test_threads_and_repeats_are_bitwise_equal():
     tensors, grad = case(300, 520, 5)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        results.append(run(lambda *t: dropout_residual_norm(*t, p=0.3, seed=SEED, backend="cpu"), tensors, grad) +
-                       run(lambda *t: relu_dropout(*t, p=0.3, seed=SEED, backend="cpu"), tensors[:2], grad))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    assert_same_bits_with_threads(lambda: run(lambda *t: dropout_residual_norm(*t, p=0.3, seed=SEED, backend="cpu"), tensors, grad) +
+                                  run(lambda *t: relu_dropout(*t, p=0.3, seed=SEED, backend="cpu"), tensors[:2], grad), (1, 2, 3, 1))
 
 
 def test_seed_comes_from_torch():

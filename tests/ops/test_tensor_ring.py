@@ -14,7 +14,8 @@ from ada2i_fast.ops import attention_mapping, keep_mask, tensor_ring
 from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring
 from ada2i_fast.reference.attention_mapping import AttentionMapping
 from ada2i_fast.reference.tensor_ring import TensorRing
-from afw_cases import PARAMETERS, Case, assert_close, cases, guarded, inputs, leaves, offsets, poisoned, run_ring, textbook
+from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, offsets, poisoned,
+                       run_ring, textbook)
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -104,15 +105,8 @@ def test_dropout_without_seed_draws_from_torch():
 
 def test_same_bits_whatever_the_threads():
     for dtype in DTYPES:
-        drawn, before, results = inputs(IEMOCAP, dtype), torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(run_ring(IEMOCAP, drawn, "cpu"))
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(results[0][name], other[name]) for name in other)
+        drawn = inputs(IEMOCAP, dtype)
+        assert_same_bits_with_threads(lambda: run_ring(IEMOCAP, drawn, "cpu"))
 
 
 def test_python_threads_do_not_disturb_each_other():
