@@ -118,6 +118,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain tensors that nobody traces, compiles or transforms, so that calls past torch's dispatcher are right."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and \
+        all([type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors])
+
+
 def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -> str:
     """The backend that serves `op` for the M tensors x [N, D_j].
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, backends, ops, reference
 from ada2i_fast.modules import FeatureWeighting
+from ada2i_fast.ops.afw_layer import stacked
 from ada2i_fast.reference.model import FeatureWeightingLayer
 from ada2i_fast.training.graph import GraphedStep
 
@@ -170,7 +171,7 @@ class _Op(Competitor):
             out, loss = module(self.x, self.offsets)
             return [*out, loss] if self.training else out
         if self.case.op == "tensor_ring":
-            weight, bias = layer.attention.projections()
+            weight, bias = stacked(*layer.attention.projections())
             out, target = ops.tensor_ring(
                 self.x, self.offsets, weight, bias, [m.lin.weight for m in layer.attention.lin_att],
                 [m.lin.bias for m in layer.attention.lin_att], ring=module.ring, scale=module.scale, beta=module.beta,

@@ -17,7 +17,7 @@ from .. import backends
 
 __all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -66,9 +66,9 @@ def set_tier(name: str) -> None:
         raise ValueError(f"tier: expected one of {tiers()}, got {name!r}")
 
 
-def pointers(*lists: Sequence[Tensor | None]) -> ctypes.Array:
-    """Addresses of tensors, list after list; None becomes null."""
-    flat = [0 if t is None else t.data_ptr() for tensors in lists for t in tensors]
+def pointers(*lists: Sequence[Tensor | int | None]) -> ctypes.Array:
+    """Addresses of tensors, list after list; None becomes null, and an address stays one."""
+    flat = [t.data_ptr() if isinstance(t, Tensor) else t for tensors in lists for t in tensors]
     return (ctypes.c_void_p * len(flat))(*flat)
 
 

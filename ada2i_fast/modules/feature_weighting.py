@@ -7,7 +7,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import attention_mapping, tensor_ring
+from ..ops import afw_layer
 
 __all__ = ["FeatureWeighting"]
 
@@ -20,18 +20,6 @@ class _Linear(nn.Module):
         self.lin = nn.Linear(inputs, outputs)
 
 
-class _Stacked(torch.autograd.Function):
-    """Four tensors after four others, each four stacked: one node of the graph for all, and gradients that are views of the stacks'."""
-
-    @staticmethod
-    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple([torch.cat(tensors[i:i + 4]) for i in range(0, len(tensors), 4)])
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple([part for grad in grads for part in grad.chunk(4)])
-
-
 class _TensorRing(nn.Module):
     """Parameters of the tensor-ring attention: per modality four projections D -> R and a map R^2 -> D."""
 
@@ -42,11 +30,9 @@ class _TensorRing(nn.Module):
         self.lin_att = nn.ModuleList(_Linear(rank * rank, width) for width in widths)
 
     def projections(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights [4R, D] and biases [4R] of q1, q2, k1, k2, stacked, per modality."""
+        """4M weights [R, D_j] and biases [R]: q1, q2, k1, k2 of modality 0, then of 1, and so on."""
         maps = [trans.lin for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2) for trans in each]
-        stacked = _Stacked.apply(*[lin.weight for lin in maps], *[lin.bias for lin in maps])
-        count = len(stacked) // 2
-        return list(stacked[:count]), list(stacked[count:])
+        return [lin.weight for lin in maps], [lin.bias for lin in maps]
 
 
 class _AttentionMapping(nn.Module):
@@ -113,23 +99,21 @@ class FeatureWeighting(nn.Module):
         for j, (x_j, width) in enumerate(zip(x, self.widths)):
             if x_j.dim() != 2 or x_j.shape[1] != width or x_j.shape[0] != x[0].shape[0]:
                 raise ValueError(f"x[{j}]: expected [{x[0].shape[0]}, {width}], got {list(x_j.shape)}")
-        feature_loss = x[0].new_zeros(())
+        feature_loss = None
         dropout = self.dropout if self.training else 0.0
         for layer in self.layers:
             weight, bias = layer.attention.projections()
             # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
             seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
-            out, target = tensor_ring(
-                x, offsets, weight, bias, [m.lin.weight for m in layer.attention.lin_att],
-                [m.lin.bias for m in layer.attention.lin_att], ring=self.ring, scale=self.scale, beta=self.beta,
-                dropout=dropout, seed=seed, gated_target=self.feature_target == "gated", with_target=self.training,
+            maps, phi = layer.attention.lin_att, layer.wmn.fc
+            x, loss = afw_layer(
+                x, offsets, weight, bias, [m.lin.weight for m in maps], [m.lin.bias for m in maps], [m.weight for m in phi],
+                [m.bias for m in phi], ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
+                gated_target=self.feature_target == "gated", reduction=self.feature_reduction, with_loss=self.training, rows=rows,
                 backend=self.backend)
-            if self.training:
-                feature_loss = feature_loss + attention_mapping(
-                    x, target, [fc.weight for fc in layer.wmn.fc], [fc.bias for fc in layer.wmn.fc],
-                    reduction=self.feature_reduction, rows=rows, backend=self.backend)
-            x = out
-        return x, feature_loss
+            if loss is not None:
+                feature_loss = loss if feature_loss is None else feature_loss + loss
+        return x, x[0].new_zeros(()) if feature_loss is None else feature_loss
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, beta={self.beta}, dropout={self.dropout}, scale={self.scale:.4g}, backend={self.backend!r}"

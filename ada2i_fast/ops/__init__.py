@@ -1,5 +1,6 @@
 """Functional operations on packed rows. Each file holds one op: its mathematics, its backends and its gradient."""
 
+from .afw_layer import afw_layer
 from .attention_mapping import attention_mapping
 from .cosine_fusion import cosine_fusion
 from .dialogue_attention import DialogueOffsets, dialogue_attention
@@ -7,4 +8,4 @@ from .dropout import keep_mask
 from .linear import linear
 from .tensor_ring import tensor_ring
 
-__all__ = ["DialogueOffsets", "attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "linear", "tensor_ring"]
+__all__ = ["DialogueOffsets", "afw_layer", "attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "linear", "tensor_ring"]

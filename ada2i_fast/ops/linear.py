@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backends
+
 __all__ = ["linear"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
@@ -131,9 +133,7 @@ class _Linear(torch.autograd.Function):
 
 def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """That of the products; None where plain `F.linear` serves."""
-    if (torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0
-            or type(x) not in (Tensor, torch.nn.Parameter) or type(weight) not in (Tensor, torch.nn.Parameter)
-            or torch._C._functorch.peek_interpreter_stack() is not None):
+    if not backends.eager((x, weight)) or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0:
         return None
     if torch.is_autocast_enabled("cpu"):
         eligible = all(t is None or (t.is_floating_point() and t.dtype != torch.float64) for t in (x, weight, bias))

@@ -23,7 +23,7 @@ Backward, with g the gradient of `out` (masked and scaled), t that of the target
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -154,13 +154,9 @@ class _TensorRing(torch.autograd.Function):
         x, proj_weight, proj_bias, map_weight, map_bias = (tensors[i * m:(i + 1) * m] for i in range(5))
         if torch.is_grad_enabled():
             # create_graph=True: the ops have no derivative, the algebra has all.
-            inputs = [t for t in tensors[:5 * m] if t.requires_grad]
-            outs, targets = tensor_ring_torch(x, offsets, proj_weight, proj_bias, map_weight, map_bias, _rows(ring, m), scale, beta,
-                                              dropout, seed, gated_target)
-            given = [(o, g) for o, g in zip(outs + targets, grads) if g is not None]
-            found = iter(torch.autograd.grad([o for o, _ in given], inputs, [g for _, g in given], create_graph=True,
-                                             allow_unused=True))
-            result = [next(found) if t.requires_grad else None for t in tensors[:5 * m]]
+            result = gradients_through(lambda: sum(tensor_ring_torch(
+                x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
+                grads, tensors[:5 * m])
         else:
             grad_out, grad_target = grads[:m], grads[m:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_out, x)]
@@ -174,8 +170,24 @@ class _TensorRing(torch.autograd.Function):
         return None, None, None, None, None, None, None, None, *result
 
 
-def _rows(ring: Sequence[int], m: int) -> list[list[int]]:
+def gradients_through(call: Callable[[], Sequence[Tensor]], grads: Sequence[Tensor | None],
+                      tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of what `call` makes of `tensors`, by torch and with derivatives of their own."""
+    given = [(t, g) for t, g in zip(call(), grads) if g is not None]
+    found = iter(torch.autograd.grad([t for t, _ in given], [t for t in tensors if t.requires_grad], [g for _, g in given],
+                                     create_graph=True, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in tensors]
+
+
+def ring_rows(ring: Sequence[int], m: int) -> list[list[int]]:
     return [list(ring[j * (m - 1):(j + 1) * (m - 1)]) for j in range(m)]
+
+
+def check_layer(x: Sequence[Tensor], dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    if any(t.dtype != x[0].dtype for t in x):
+        raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
 
 
 def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
@@ -197,11 +209,8 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
     Everything is computed in the dtype of x, to which parameters are cast, with sums in float32 (float64 for float64); autocast
     has no say here. Returns (out, target), M tensors [N, D_j] each.
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    check_layer(x, dropout)
     m, dtype = len(x), x[0].dtype
-    if any(t.dtype != dtype for t in x):
-        raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
     proj_weight, proj_bias, map_weight, map_bias = (
         [t if t.dtype == dtype else t.to(dtype) for t in tensors] for tensors in (proj_weight, proj_bias, map_weight, map_bias))
     backend = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0] // 4)

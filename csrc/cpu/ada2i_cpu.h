@@ -11,11 +11,15 @@ struct TensorRing {
   const int64_t* ring;      // [M][M - 1]
   const int64_t* offsets;   // [B + 1]
   const int64_t* seed;      // [1], or null without dropout
+  const double* coefficient;   // [M] of attention_mapping over the same x with this op's target, or null without it
+  void* loss;               // its result, in backward the gradient of that. float, double for ADA2I_FLOAT64
   // Lists of M arrays, one after the other; contiguous, of the storage type; proj [N, 4R] and A [B, R, R]
-  // float, or double for ADA2I_FLOAT64.
-  //   forward   x proj_weight proj_bias map_weight map_bias | out target(null: none) proj A attention (null, all three: none)
+  // float, or double for ADA2I_FLOAT64. proj_weight [R, D] and proj_bias [R] of q1, q2, k1, k2: lists of 4M arrays, theirs of modality 0
+  // first; their gradients are stacked, [4R, D] and [4R]. In brackets what attention_mapping adds.
+  //   forward   x proj_weight proj_bias map_weight map_bias
+  //             | out target(null: none) proj A attention (null, all three: none) [phi phi_bias | sign]
   //   backward  x proj_weight map_weight proj A attention grad_out grad_target(null: 0)
-  //             | grad_x grad_proj_weight grad_proj_bias grad_map_weight grad_map_bias
+  //             | grad_x grad_proj_weight grad_proj_bias grad_map_weight grad_map_bias [phi sign | grad_phi grad_phi_bias]
   void* const* tensors;
 };
 

@@ -1,9 +1,33 @@
 // The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) never leaves the first-level cache.
 
+// The part of one tile: packed x times phi, against target(i, d), the vector of the target's row i at d. Signs go to sign [height][D].
+template <class S, class F>
+INLINE Compute<S> mapping_tile(const Operand<S>* left, const Operand<S>* phi, const S* bias, int64_t D, int64_t height, int8_t* sign, F target) {
+  using T = Compute<S>;
+  constexpr int lanes = Lanes<T>::count;
+  Vector<T> total = {};
+  multiply<Strips>(left, phi, D, D, [&](const T* c, int64_t column, int64_t columns) {
+    for (int i = 0; i < height; ++i)
+      for (int64_t v = 0; v < columns; v += lanes) {
+        const int64_t n = smaller(lanes, columns - v), d = column + v;
+        auto difference = load(c + i * kColumns<T> + v, n) + load(bias + d, n) - target(i, d, n);
+        total += absolute<T>(difference);
+        store_signs<T>(sign + i * D + d, difference, n);
+      }
+  });
+  return sum<T>(total);
+}
+
+// partial[j][tile], weighted.
+INLINE double mapping_total(const double* coefficient, const double* partial, int64_t M, int64_t tiles) {
+  double loss = 0;
+  for (int64_t job = 0; job < M * tiles; ++job) loss += coefficient[job / tiles] * partial[job];
+  return loss;
+}
+
 template <class S> static int attention_mapping_forward(const AttentionMapping* args) {
   using T = Compute<S>;
   using E = Operand<S>;
-  constexpr int lanes = Lanes<T>::count;
   const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kRows - 1) / kRows;
   void* const* t = args->tensors;
   int64_t widest = 0, packed = 0, panels = 0, work = 0;
@@ -27,7 +51,8 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * panels; ++job) {
       const int64_t j = job / panels, column = job % panels * kColumns<T>, D = args->widths[j];
-      if (column < D) pack_transposed(phi.data[j], (const S*)t[2 * M + j], D, D, column);
+      const S* weight = (const S*)t[2 * M + j];
+      if (column < D) pack_transposed(phi.data[j], [&](int64_t r) { return weight + r * D; }, D, D, column);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
@@ -37,22 +62,11 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
       const S* bias = (const S*)t[3 * M + j];
       int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
       pack_left_rows(tile_left, x, D, height);
-      Vector<T> total = {};
-      multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
-        for (int i = 0; i < height; ++i)
-          for (int64_t v = 0; v < columns; v += lanes) {
-            const int64_t n = smaller(lanes, columns - v), d = column + v;
-            auto difference = load(c + i * kColumns<T> + v, n) + load(bias + d, n) - load(target + i * D + d, n);
-            total += absolute<T>(difference);
-            store_signs<T>(sign + i * D + d, difference, n);
-          }
-      });
-      partial.data[job] = sum<T>(total);
+      partial.data[job] = mapping_tile(tile_left, (const E*)phi.data[j], bias, D, height, sign,
+                                       [&](int i, int64_t d, int64_t n) { return load(target + i * D + d, n); });
     }
   }
-  double loss = 0;
-  for (int64_t job = 0; job < M * tiles; ++job) loss += args->coefficient[job / tiles] * partial.data[job];
-  *(T*)args->loss = T(loss);
+  *(T*)args->loss = T(mapping_total(args->coefficient, partial.data, M, tiles));
   return 0;
 }
 
@@ -76,15 +90,15 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   Scratch<E> right(packed), chunk(chunks), left(size > kStrips ? size : kStrips, threads);
   Scratch<T> total(rows > kChunk ? totals : 0);
   Scratch<E*> phi(M);
-  Scratch<WeightGradient<S, int8_t>> gradients(M);
+  Scratch<WeightGradient<S>> gradients(M);
   if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !phi.ok() || !gradients.ok()) return 1;
   const T gradient = *(const T*)args->loss;
   int64_t at = 0, chunk_at = 0, total_at = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     phi.data[j] = right.data + at;
-    gradients.data[j] = {(const int8_t*)t[M + j], (const S*)t[j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
-                         T(args->coefficient[j] * gradient), chunk.data + chunk_at, total.data + total_at};
+    gradients.data[j] = {nullptr, (const int8_t*)t[M + j], (const S*)t[j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
+                         T(args->coefficient[j] * gradient), chunk.data + chunk_at, false, total.data + total_at};
     at += right_size<E>(D, D);
     chunk_at += right_size<E>(kChunk, D + 1);
     total_at += rows > kChunk ? D * round_up(D + 1, kColumns<T>) : 0;

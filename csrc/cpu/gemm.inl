@@ -148,8 +148,8 @@ template <class E, class S> INLINE void pack_weight_rows(E* right, const S* weig
   pack_right(right, r, k, n, weight + r * n, r + 1 < k ? weight + (r + 1) * n : nullptr, false);
 }
 
-// The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose.
-template <class E, class S> static void pack_transposed(E* right, const S* weight, int64_t k, int64_t n, int64_t column) {
+// The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose; row(i) is its row i.
+template <class E, class F> static void pack_transposed(E* right, F row, int64_t k, int64_t n, int64_t column) {
   using U = typename Step<E>::type;
   constexpr int lanes = Lanes<U>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements;
   const int64_t count = steps<E>(k);
@@ -159,7 +159,7 @@ template <class E, class S> static void pack_transposed(E* right, const S* weigh
       Vector<U> square[lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i)
-        square[i] = column + c + i < n ? steps_at((U*)0, weight + (column + c + i) * k + step * per, k - step * per) : Vector<U>{};
+        square[i] = column + c + i < n ? steps_at((U*)0, row(column + c + i) + step * per, k - step * per) : Vector<U>{};
       transpose_square<U>(square);
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i)
@@ -176,13 +176,15 @@ constexpr int kGroup = 48 / kRows; // strips of kRows columns that one job packs
 
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
-template <class S, class L> struct WeightGradient {
-  const L* left;
+template <class S> struct WeightGradient {
+  const Operand<S>* left;  // or, where it is null,
+  const int8_t* signs;
   const S* rows;           // the right operand [rows, n], or null where make_row makes it
   int64_t m, n;
   S *weight, *bias;
   Compute<S> scale;
   Operand<S>* right;       // scratch, right_size(kChunk, n + 1)
+  bool packed;             // an earlier gradient has the same right operand, and the same scratch
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
 
@@ -193,8 +195,8 @@ constexpr int64_t kStrips = kGroup * kStrip;
 // Called by all threads of a parallel region. The rows are summed in their order, whatever the number of threads: threads divide the
 // rows of the result. make_row(p, row, out) writes row `row` of the right operand of gradient p.
 // strips: kStrips of E; row_scratch: two rows of n numbers, and a vector.
-template <class S, class L, class F>
-static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t rows, Operand<S>* strips, Compute<S>* row_scratch,
+template <class S, class F>
+static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t rows, Operand<S>* strips, Compute<S>* row_scratch,
                              int64_t row_size, F make_row) {
   using E = Operand<S>;
   using T = Compute<S>;
@@ -208,7 +210,8 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < count * blocks; ++job) {
       const int p = int(job / blocks);
-      const WeightGradient<S, L> g = gradients[p];    // a copy: stores might change the original, for all the compiler knows
+      const WeightGradient<S> g = gradients[p];       // a copy: stores might change the original, for all the compiler knows
+      if (g.packed) continue;
       for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
         const bool both = per == 2 && r + 1 < k;
         if (g.rows) {
@@ -226,18 +229,22 @@ static void weight_gradients(WeightGradient<S, L>* gradients, int count, int64_t
       int p = 0;
       int64_t place = job;
       for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
-      const WeightGradient<S, L> g = gradients[p];
+      const WeightGradient<S> g = gradients[p];
       const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
       const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
-      for (int64_t r = 0; r < k; r += per) {
-        const L* row = g.left + (start + r) * g.m + first;
-        const L* next = r + 1 < k ? row + g.m : nullptr;
-        for (int s = 0; s < used; ++s)
-          for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
-            auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
-            __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
-          }
-      }
+      auto pack = [&](auto* left) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < k; r += per) {
+          auto* row = left + (start + r) * g.m + first;
+          auto* next = r + 1 < k ? row + g.m : nullptr;
+          for (int s = 0; s < used; ++s)
+            for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
+              auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
+              __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
+            }
+        }
+      };
+      if (g.left) pack(g.left);
+      else pack(g.signs);
       for (int s = 0; s < used; ++s) {
         const int64_t d = first + s * kRows, height = smaller(kRows, g.m - d);
         multiply<Columns>(strips + s * kStrip, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {

@@ -140,21 +140,26 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   constexpr int lanes = Lanes<T>::count;
   Ring<S> ring(args);
   const int64_t M = ring.M, R = ring.R, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
+  enum { X, PROJ_WEIGHT, PROJ_BIAS = 5, MAP = 9, MAP_BIAS, OUT, TARGET, PROJ, MEAN, ATTENTION, PHI, PHI_BIAS, SIGN };
   void* const* t = args->tensors;
-  const bool saving = t[7 * M] != nullptr;
+  const bool saving = t[PROJ * M] != nullptr, mapping = args->coefficient != nullptr, gated_target = args->gated_target;
   int64_t widest = 0, packed = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
-    packed += right_size<E>(D, 4 * R) + right_size<E>(R * R, D);
-    work += rows * D * (4 * R + R * R);
+    packed += right_size<E>(D, 4 * R) + right_size<E>(R * R, D) + (mapping ? right_size<E>(D, D) : 0);
+    work += rows * D * (4 * R + R * R + (mapping ? D : 0));
   }
   const int threads = useful_threads(args->threads, work);
   Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
   Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
-  Scratch<E*> projection(M), map(M);
+  const int64_t stacked = round_up(4 * R, kColumns<T>), tile_row = round_up(widest, kColumns<T>);
+  Scratch<T> bias_of(M * stacked), tile_target(mapping ? kRows * tile_row : 0, threads);
+  Scratch<double> partial(mapping ? M * tiles : 0);
+  Scratch<E*> projection(M), map(M), phi(M);
   Scratch<T*> saved(2 * M);                                    // projections and means
-  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok())
+  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok() ||
+      !bias_of.ok() || !tile_target.ok() || !partial.ok() || !phi.ok())
     return 1;
   E* next = right.data;
   for (int64_t j = 0; j < M; ++j) {
@@ -162,26 +167,35 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
     next += right_size<E>(args->widths[j], 4 * R);
     map.data[j] = next;
     next += right_size<E>(R * R, args->widths[j]);
-    saved.data[j] = saving ? (T*)t[7 * M + j] : spare.data + j * rows * 4 * R;
-    saved.data[M + j] = saving ? (T*)t[8 * M + j] : spare.data + M * rows * 4 * R + j * B * R * R;
+    phi.data[j] = next;
+    next += mapping ? right_size<E>(args->widths[j], args->widths[j]) : 0;
+    saved.data[j] = saving ? (T*)t[PROJ * M + j] : spare.data + j * rows * 4 * R;
+    saved.data[M + j] = saving ? (T*)t[MEAN * M + j] : spare.data + M * rows * 4 * R + j * B * R * R;
+    for (int64_t r = 0; r < 4 * R; ++r) bias_of.data[j * stacked + r] = to_compute(((const S*)t[PROJ_BIAS * M + 4 * j + r / R])[r % R]);
   }
-  const int64_t projection_panels = (4 * R + kColumns<T> - 1) / kColumns<T>;
-  const int64_t panels = projection_panels + (widest + kColumns<T> - 1) / kColumns<T>;
+  const int64_t projection_panels = (4 * R + kColumns<T> - 1) / kColumns<T>, wide_panels = (widest + kColumns<T> - 1) / kColumns<T>;
+  const int64_t panels = projection_panels + (mapping ? 2 : 1) * wide_panels;
   const T beta = T(args->beta), kept = T(1.0 / (1.0 - args->dropout));
   const uint32_t threshold = dropout_threshold(args->dropout);
   const bool dropping = args->dropout > 0;
   const uint64_t seed = dropping ? uint64_t(*args->seed) : 0;
 
-#pragma omp parallel num_threads(threads) firstprivate(M, R, beta, kept, threshold, dropping, seed)   // a copy stays in registers
+#pragma omp parallel num_threads(threads) \
+    firstprivate(M, R, beta, kept, threshold, dropping, mapping, gated_target, seed)   // a copy stays in registers
   {
     E* tile_left = left.of(omp_get_thread_num());
+    T* target_rows = tile_target.of(omp_get_thread_num());
     T* outer_row = outer.of(omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * panels; ++job) {
-      const int64_t j = job / panels, panel = job % panels, column = (panel - projection_panels) * kColumns<T>;
-      const int64_t D = args->widths[j];
-      if (panel < projection_panels) pack_transposed(projection.data[j], (const S*)t[M + j], D, 4 * R, panel * kColumns<T>);
-      else if (column < D) pack_transposed(map.data[j], (const S*)t[3 * M + j], R * R, D, column);
+      const int64_t j = job / panels, panel = job % panels, wide = panel - projection_panels, D = args->widths[j];
+      const int64_t column = wide % wide_panels * kColumns<T>;
+      const S *weight = (const S*)t[MAP * M + j], *phi_weight = mapping ? (const S*)t[PHI * M + j] : nullptr;
+      auto projections = [&](int64_t r) { return (const S*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D; };
+      if (wide < 0) pack_transposed(projection.data[j], projections, D, 4 * R, panel * kColumns<T>);
+      else if (column >= D) continue;
+      else if (wide < wide_panels) pack_transposed(map.data[j], [&](int64_t r) { return weight + r * R * R; }, R * R, D, column);
+      else pack_transposed(phi.data[j], [&](int64_t r) { return phi_weight + r * D; }, D, D, column);
     }
 
     // q1 q2 k1 k2
@@ -189,7 +203,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
-      const S* bias = (const S*)t[2 * M + j];
+      const T* bias = bias_of.data + j * stacked;
       T* out = saved.data[j] + first * 4 * R;
       pack_left_rows(tile_left, x, D, height);
       multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
@@ -216,15 +230,15 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, saved.data + M);
     }
 
-    // the bilinear map, whose left operand u w^T is made here, and the gate
+    // the bilinear map, whose left operand u w^T is made here, and the gate; then the loss, while its target is in cache
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
-      const S* bias = (const S*)t[4 * M + j];
-      S* out = (S*)t[5 * M + j] + first * D;
-      S* target = t[6 * M + j] ? (S*)t[6 * M + j] + first * D : nullptr;
-      S* attention = saving ? (S*)t[9 * M + j] + first * D : nullptr;
+      const S* bias = (const S*)t[MAP_BIAS * M + j];
+      S* out = (S*)t[OUT * M + j] + first * D;
+      S* target = t[TARGET * M + j] ? (S*)t[TARGET * M + j] + first * D : nullptr;
+      S* attention = saving ? (S*)t[ATTENTION * M + j] + first * D : nullptr;
       int64_t b = ring.dialogue(first);
       for (int i = 0; i < kRows; ++i) {
         if (i < height) {
@@ -248,13 +262,21 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
             auto gated = att * x_n + beta * x_n;
             if (attention) store(attention + at, att, n);
             if (target) store(target + at, gated, n);
+            if (mapping) store(target_rows + i * tile_row + column + v, gated_target ? gated : att);
             if (dropping) gated = keep(gated, words + v, threshold, kept);
             store(out + at, gated, n);
           }
         }
       });
+      if (mapping) {
+        pack_left_rows(tile_left, x, D, height);
+        partial.data[job] = mapping_tile(tile_left, (const E*)phi.data[j], (const S*)t[PHI_BIAS * M + j], D, height,
+                                         (int8_t*)t[SIGN * M + j] + first * D,
+                                         [&](int i, int64_t d, int64_t n) { return load(target_rows + i * tile_row + d, n); });
+      }
     }
   }
+  if (mapping) *(T*)args->loss = T(mapping_total(args->coefficient, partial.data, M, tiles));
   return 0;
 }
 
@@ -265,16 +287,19 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
   Ring<S> ring(args);
   const int64_t M = ring.M, R = ring.R, padded = ring.padded, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
   const int64_t matrix = R * padded;
+  enum { X, PROJ_WEIGHT, MAP = 5, PROJ, MEAN, ATTENTION, GRAD_OUT, GRAD_TARGET, GRAD_X, GRAD_PROJ_WEIGHT, GRAD_PROJ_BIAS, GRAD_MAP,
+         GRAD_MAP_BIAS, PHI, SIGN, GRAD_PHI, GRAD_PHI_BIAS };
   void* const* t = args->tensors;
+  const bool mapping = args->coefficient != nullptr;
   int64_t widest = R * R > 4 * R ? R * R : 4 * R, packed = 0, chunks = 0, totals = 0, columns_of_all = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
-    packed += right_size<E>(D, R * R) + right_size<E>(4 * R, D);
+    packed += right_size<E>(D, R * R) + right_size<E>(4 * R, D) + (mapping ? right_size<E>(D, D) : 0);
     chunks += right_size<E>(kChunk, R * R + 1) + right_size<E>(kChunk, D + 1);
-    totals += D * round_up(R * R + 1, kColumns<T>) + 4 * R * round_up(D + 1, kColumns<T>);
+    totals += D * round_up(R * R + 1, kColumns<T>) + (4 * R + (mapping ? D : 0)) * round_up(D + 1, kColumns<T>);
     columns_of_all += D + 4 * R;
-    work += 2 * rows * D * (4 * R + R * R);
+    work += 2 * rows * D * (4 * R + R * R + (mapping ? D : 0));
   }
   const int threads = useful_threads(args->threads, work);
   const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
@@ -283,13 +308,18 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
   Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kRows * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
-  Scratch<E*> map(M), projection(M);
-  Scratch<WeightGradient<S, E>> gradients(2 * M);
+  const int64_t tile_row = round_up(widest, kColumns<T>);
+  Scratch<T> tile_mapping(mapping ? kRows * tile_row : 0, threads);
+  Scratch<E*> map(M), projection(M), phi(M);
+  const int count = int(mapping ? 3 * M : 2 * M);
+  Scratch<WeightGradient<S>> gradients(count);
   if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !row.ok() || !sums.ok() ||
-      !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok())
+      !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
+      !tile_mapping.ok() || !phi.ok())
     return 1;
   E *right_at = right.data, *gradient_at = gradient.data, *chunk_at = chunk.data;
   T* total_at = total.data;
+  const T loss_gradient = mapping ? *(const T*)args->loss : T(0);
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     map.data[j] = right_at;
@@ -297,50 +327,71 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     projection.data[j] = right_at;
     right_at += right_size<E>(4 * R, D);
     auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias) {
-      gradients.data[index] = {gradient_at, (const S*)rows_of, m, n, (S*)weight, (S*)bias, T(1), chunk_at, total_at};
+      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (S*)weight, (S*)bias, T(1), chunk_at, false, total_at};
       gradient_at += rows * m;
       chunk_at += right_size<E>(kChunk, n + 1);
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
     };
-    add(j, nullptr, D, R * R, t[11 * M + j], t[12 * M + j]);
-    add(M + j, t[j], 4 * R, D, t[9 * M + j], t[10 * M + j]);
+    add(j, nullptr, D, R * R, t[GRAD_MAP * M + j], t[GRAD_MAP_BIAS * M + j]);
+    add(M + j, t[X * M + j], 4 * R, D, t[GRAD_PROJ_WEIGHT * M + j], t[GRAD_PROJ_BIAS * M + j]);
+    if (!mapping) continue;
+    phi.data[j] = right_at;
+    right_at += right_size<E>(D, D);
+    gradients.data[2 * M + j] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (S*)t[GRAD_PHI * M + j],
+                                 (S*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), gradients.data[M + j].right, true,
+                                 total_at};
+    if (rows > kChunk) total_at += D * round_up(D + 1, kColumns<T>);
   }
   const T beta = T(args->beta), scale = T(args->scale), kept = T(1.0 / (1.0 - args->dropout));
   const uint32_t threshold = dropout_threshold(args->dropout);
   const bool dropping = args->dropout > 0, gated_target = args->gated_target;
   const uint64_t seed = dropping ? uint64_t(*args->seed) : 0;
-  auto proj = [&](int64_t j, int64_t n) { return (const T*)t[3 * M + j] + n * 4 * R; };
+  auto proj = [&](int64_t j, int64_t n) { return (const T*)t[PROJ * M + j] + n * 4 * R; };
   auto row_of = [&](const Scratch<T>& all, int64_t j, int64_t n) { return all.data + (j * rows + n) * padded; };
 
-#pragma omp parallel num_threads(threads) firstprivate(M, R, padded, beta, kept, threshold, dropping, gated_target, seed)
+#pragma omp parallel num_threads(threads) firstprivate(M, R, padded, beta, kept, threshold, dropping, gated_target, mapping, seed)
   {
     E* tile_left = left.of(omp_get_thread_num());
     T* rows_scratch = row.of(omp_get_thread_num());
     T* S_rows = sums.of(omp_get_thread_num());
+    T* mapping_rows = tile_mapping.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
+      auto projections = [&](int64_t r) { return r < 4 * R ? (const S*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D : nullptr; };
       for (int64_t k = first; k < first + kBlock; k += per) {
-        if (k < D) pack_weight_rows(map.data[j], (const S*)t[2 * M + j], D, R * R, k);
-        if (k < 4 * R) pack_weight_rows(projection.data[j], (const S*)t[M + j], 4 * R, D, k);
+        if (k < D) pack_weight_rows(map.data[j], (const S*)t[MAP * M + j], D, R * R, k);
+        if (k < D && mapping) pack_weight_rows(phi.data[j], (const S*)t[PHI * M + j], D, D, k);
+        if (k < 4 * R) pack_right(projection.data[j], k, 4 * R, D, projections(k), projections(k + 1), false);
       }
     }
     if (M > 1) {
 #pragma omp for schedule(dynamic)
-      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + 4 * M);
+      for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + MEAN * M);
     }
 
-    // g_att and the direct part of g_x; then S = g_att W, contracted with w and u while it is in cache
+    // g_att and the direct part of g_x, with the loss's; then S = g_att W, contracted with w and u while it is in cache
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
-      const S* attention = (const S*)t[5 * M + j] + first * D;
-      const S* grad_out = (const S*)t[6 * M + j] + first * D;
-      const S* grad_target = t[7 * M + j] ? (const S*)t[7 * M + j] + first * D : nullptr;
-      S* grad_x = (S*)t[8 * M + j] + first * D;
+      const S* attention = (const S*)t[ATTENTION * M + j] + first * D;
+      const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
+      const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
+      const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
+      const T factor = mapping ? gradients.data[2 * M + j].scale : T(0);
+      S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
       E* g_att = (E*)gradients.data[j].left + first * D;
+      if (mapping) {
+        for (int i = 0; i < kRows; ++i)
+          pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
+        multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
+          for (int i = 0; i < height; ++i)
+            for (int v = 0; v < kColumns<T>; v += lanes)
+              store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
+        });
+      }
       for (int i = 0; i < kRows; ++i) {
         uint32_t words[kWords];
         pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
@@ -349,11 +400,14 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
           if (dropping && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
           auto g = load(grad_out + at, n);
           auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
+          if (mapping) target -= factor * load_signs<T>(sign + at, n);
           if (dropping) g = keep(g, words + d % kWords, threshold, kept);
           if (gated_target) g += target;
           auto att = g * load(x + at, n);
           if (!gated_target) att += target;
-          store(grad_x + at, g * (load(attention + at, n) + beta), n);
+          auto direct = g * (load(attention + at, n) + beta);
+          if (mapping) direct += load(mapping_rows + i * tile_row + d);
+          store(grad_x + at, direct, n);
           store(g_att + at, att, n);
           return att;
         });
@@ -396,7 +450,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
           alignas(64) T front[kMaxRank * kMaxRank], tail[kMaxRank * kMaxRank], a[kMaxRank * kMaxRank], flipped[kMaxRank * kMaxRank];
           alignas(64) T spare[kMaxRank * kMaxRank];
           const int64_t* order = args->ring + j * (M - 1);
-          auto mean = [&](int64_t i) { ring.pad((const T*)t[4 * M + order[i]] + b * R * R, a); };
+          auto mean = [&](int64_t i) { ring.pad((const T*)t[MEAN * M + order[i]] + b * R * R, a); };
           __builtin_memcpy(front, g_C.data + (j * B + b) * matrix, size_t(matrix) * sizeof(T));
           for (int64_t i = 0; i < M - 1; ++i) {
             __builtin_memcpy(tail, front, size_t(matrix) * sizeof(T));
@@ -421,7 +475,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
-      S* grad_x = (S*)t[8 * M + j] + first * D;
+      S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
       E* g_proj = (E*)gradients.data[M + j].left + first * 4 * R;
       int64_t b = ring.dialogue(first);
       for (int i = 0; i < height; ++i) {
@@ -464,7 +518,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
       });
     }
 
-    weight_gradients(gradients.data, int(2 * M), rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
+    weight_gradients(gradients.data, count, rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
       alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
       ring.factors(proj(j, n), u, v);
       ring.rotate(j, ring.dialogue(n), v, w);

@@ -1,0 +1,122 @@
+"""One layer of AFW, its loss included (eqs. 4 to 7 and 12): `tensor_ring`, and `attention_mapping` of its target.
+
+On a CPU both are one node of the graph and one pass over the rows. Beside two nodes that saves what Python and autograd cost between
+them, which at ten dialogues is as much as the arithmetic; stacking the projections and taking the stacks' gradients apart; the target
+and its gradient, of which only signs are left; and adding two gradients of x, whose packed rows both sums of products share:
+
+    g_target = -c S g_L,    g_x = (tensor_ring's) + c g_L S Phi,    g_Phi = c g_L S^T x,    g_phi = c g_L sum_n S
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .attention_mapping import attention_mapping, attention_mapping_torch, coefficients
+from .tensor_ring import check_layer, gradients_through, ring_rows, tensor_ring, tensor_ring_torch
+
+__all__ = ["afw_layer", "stacked"]
+
+
+class _Stacked(torch.autograd.Function):
+    """One node of the graph for all stacks, and gradients that are views of the stacks'."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([torch.cat(tensors[i:i + 4]) for i in range(0, len(tensors), 4)])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple([part for grad in grads for part in grad.chunk(4)])
+
+
+def stacked(proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The 4M projections of `afw_layer` as `tensor_ring` takes them: M weights [4R, D_j], M biases [4R]."""
+    found = _Stacked.apply(*proj_weight, *proj_bias)
+    return list(found[:len(found) // 2]), list(found[len(found) // 2:])
+
+
+# Where the kinds lie among the 13M tensors: x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias.
+_PLACES = ((0, 1), (1, 5), (5, 9), (9, 10), (10, 11), (11, 12), (12, 13))
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    m = len(tensors) // 13
+    return [tensors[a * m:b * m] for a, b in _PLACES]
+
+
+class _AFWLayer(torch.autograd.Function):
+    """On a CPU. Calls the library without a registered op between: compiled code takes the two ops."""
+
+    @staticmethod
+    def forward(ctx, settings, offsets, *tensors):
+        m, dtype = len(tensors) // 13, tensors[0].dtype
+        rounded = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+        x, *parameters = _kinds(rounded)
+        result = backends.module("afw_layer", "cpu").forward(x, offsets, *parameters, *settings)
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        ctx.save_for_backward(offsets, *tensors, *(rounded if any(map(operator.is_not, rounded, tensors)) else ()), *result[m + 1:])
+        return tuple(result[:m + 1])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        offsets, *tensors = ctx.saved_tensors
+        m = len(grads) - 1
+        if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
+            result = gradients_through(lambda: [*(made := _in_torch(tensors[:13 * m], offsets, *ctx.settings))[0], made[1]],
+                                       grads, tensors[:13 * m])
+        else:
+            x, proj_weight, _, map_weight, _, phi_weight, _ = _kinds(tensors[-17 * m:-4 * m])
+            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
+            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], x, offsets, proj_weight, map_weight, phi_weight,
+                                                                  tensors[-4 * m:], *ctx.settings)
+        return None, None, *result
+
+
+def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> tuple[list[Tensor], Tensor]:
+    """The algebra in plain PyTorch."""
+    x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias = _kinds([t.to(tensors[0].dtype) for t in tensors])
+    out, target = tensor_ring_torch(x, offsets, *stacked(proj_weight, proj_bias), map_weight, map_bias, ring_rows(ring, len(x)), scale,
+                                    beta, dropout, seed, gated_target)
+    return out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)
+
+
+def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
+              map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], phi_weight: Sequence[Tensor], phi_bias: Sequence[Tensor], *,
+              ring: Sequence[Sequence[int]], scale: float = 1.0, beta: float = 0.0, dropout: float = 0.0, seed: Tensor | None = None,
+              gated_target: bool = False, reduction: str = "sum", with_loss: bool = True, rows: Tensor | None = None,
+              backend: str = "auto") -> tuple[list[Tensor], Tensor | None]:
+    """A layer of AFW for M modalities: M outputs [N, D_j] and the feature loss, a 0-dimensional tensor, or None without with_loss.
+
+    x: M tensors [N, D_j].  proj_weight, proj_bias: 4M tensors [R, D_j] and [R], the projections q1, q2, k1, k2 of modality 0, then of
+    1, and so on.  map_weight [D_j, R * R], map_bias [D_j].  phi_weight [D_j, D_j], phi_bias [D_j]: the map of the loss.
+    Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding.
+    """
+    served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
+    tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if served != "cpu" or rows is not None or (graph and not with_loss) or not backends.eager(tensors):
+        weight, bias = stacked(proj_weight, proj_bias)
+        out, target = tensor_ring(x, offsets, weight, bias, map_weight, map_bias, ring=ring, scale=scale, beta=beta, dropout=dropout,
+                                  seed=seed, gated_target=gated_target, with_target=with_loss, backend=backend)
+        return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend) if with_loss else None
+    check_layer(x, dropout)
+    m = len(x)
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2 ** 63 - 1, (1,))
+    settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
+                coefficients(x, reduction) if with_loss else None)
+    if graph:
+        *out, loss = _AFWLayer.apply(settings, offsets, *tensors)
+        return out, loss
+    dtype = x[0].dtype
+    x, *parameters = _kinds([t if t.dtype == dtype else t.to(dtype) for t in tensors])
+    result = backends.module("afw_layer", "cpu").forward(x, offsets, *parameters, *settings)
+    return result[:m], result[m] if with_loss else None
