@@ -152,19 +152,36 @@ template <class S> INLINE void store(S* p, Vector<Compute<S>> value, int64_t n) 
 #endif
 }
 
+// Signed bytes. GCC converts them one by one where it is not told the instructions.
+#if defined(__AVX2__)
+#if defined(ADA2I_MASKS)
+INLINE Vector<float> from_signs(__m128i raw, float*) { return (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)); }
+INLINE Vector<double> from_signs(__m128i raw, double*) { return (Vector<double>)_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(raw)); }
+#else
+INLINE Vector<float> from_signs(__m128i raw, float*) { return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)); }
+INLINE Vector<double> from_signs(__m128i raw, double*) { return (Vector<double>)_mm256_cvtepi32_pd(_mm_cvtepi8_epi32(raw)); }
+#endif
+template <class T> INLINE Vector<T> from_signs(typename Lanes<T>::signs raw) {
+  __m128i bytes = {};
+  __builtin_memcpy(&bytes, &raw, sizeof raw);
+  return from_signs(bytes, (T*)0);
+}
+#else
+template <class T> INLINE Vector<T> from_signs(typename Lanes<T>::signs raw) { return __builtin_convertvector(raw, Vector<T>); }
+#endif
+
 template <class T> INLINE Vector<T> load_signs(const int8_t* p, int64_t n) {
   typename Lanes<T>::signs raw = {};
   if (n >= Lanes<T>::count) {
     __builtin_memcpy(&raw, p, sizeof raw);
-  } else {
-#if defined(ADA2I_MASKS)
-    auto part = _mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p);
-    __builtin_memcpy(&raw, &part, sizeof raw);
-#else
-    for (int i = 0; i < n; ++i) raw[i] = p[i];
-#endif
+    return from_signs<T>(raw);
   }
-  return __builtin_convertvector(raw, Vector<T>);
+#if defined(ADA2I_MASKS)
+  return from_signs(_mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p), (T*)0);
+#else
+  for (int i = 0; i < n; ++i) raw[i] = p[i];
+  return from_signs<T>(raw);
+#endif
 }
 
 // -1, 0 or 1 per lane.
