@@ -19,6 +19,15 @@ class _Linear(nn.Module):
         super().__init__()
         self.lin = nn.Linear(inputs, outputs)
 
+    @property
+    def lin(self) -> nn.Linear:                                 # found faster than through nn.Module.__getattr__
+        return self._modules["lin"]
+
+
+def _parameters(maps: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases. Straight from where nn.Module keeps them, where they are: its attribute lookup is most of a small batch's time."""
+    return tuple([getattr(m, name) if (own := m._parameters.get(name)) is None else own for m in maps] for name in ("weight", "bias"))
+
 
 class _TensorRing(nn.Module):
     """Parameters of the tensor-ring attention: per modality four projections D -> R and a map R^2 -> D."""
@@ -31,8 +40,11 @@ class _TensorRing(nn.Module):
 
     def projections(self) -> tuple[list[Tensor], list[Tensor]]:
         """4M weights [R, D_j] and biases [R]: q1, q2, k1, k2 of modality 0, then of 1, and so on."""
-        maps = [trans.lin for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2) for trans in each]
-        return [lin.weight for lin in maps], [lin.bias for lin in maps]
+        return _parameters([m.lin for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2) for m in each])
+
+    def maps(self) -> tuple[list[Tensor], list[Tensor]]:
+        """M weights [D_j, R * R] and biases [D_j]."""
+        return _parameters([m.lin for m in self.lin_att])
 
 
 class _AttentionMapping(nn.Module):
@@ -102,13 +114,11 @@ class FeatureWeighting(nn.Module):
         feature_loss = None
         dropout = self.dropout if self.training else 0.0
         for layer in self.layers:
-            weight, bias = layer.attention.projections()
+            parameters = (*layer.attention.projections(), *layer.attention.maps(), *_parameters(layer.wmn.fc))
             # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
             seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
-            maps, phi = layer.attention.lin_att, layer.wmn.fc
             x, loss = afw_layer(
-                x, offsets, weight, bias, [m.lin.weight for m in maps], [m.lin.bias for m in maps], [m.weight for m in phi],
-                [m.bias for m in phi], ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
+                x, offsets, *parameters, ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
                 gated_target=self.feature_target == "gated", reduction=self.feature_reduction, with_loss=self.training, rows=rows,
                 backend=self.backend)
             if loss is not None:

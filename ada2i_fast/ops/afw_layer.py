@@ -60,21 +60,21 @@ class _AFWLayer(torch.autograd.Function):
         result = backends.module("afw_layer", "cpu").forward(x, offsets, *parameters, *settings)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
-        ctx.save_for_backward(offsets, *tensors, *(rounded if any(map(operator.is_not, rounded, tensors)) else ()), *result[m + 1:])
+        ctx.save_for_backward(offsets, *tensors, *(rounded if any(map(operator.is_not, rounded, tensors)) else ()), result[-1])
         return tuple(result[:m + 1])
 
     @staticmethod
     def backward(ctx, *grads):
-        offsets, *tensors = ctx.saved_tensors
+        offsets, *tensors, state = ctx.saved_tensors
         m = len(grads) - 1
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
             result = gradients_through(lambda: [*(made := _in_torch(tensors[:13 * m], offsets, *ctx.settings))[0], made[1]],
                                        grads, tensors[:13 * m])
         else:
-            x, proj_weight, _, map_weight, _, phi_weight, _ = _kinds(tensors[-17 * m:-4 * m])
+            x, proj_weight, _, map_weight, _, phi_weight, _ = _kinds(tensors[-13 * m:])
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
             result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], x, offsets, proj_weight, map_weight, phi_weight,
-                                                                  tensors[-4 * m:], *ctx.settings)
+                                                                  state, *ctx.settings)
         return None, None, *result
 
 

@@ -32,6 +32,8 @@ def attention_mapping_torch(x: Sequence[Tensor], target: Sequence[Tensor], weigh
 
 def coefficients(target: Sequence[Tensor], reduction: str) -> list[float]:
     """c_j; 0 where there are no elements."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     elements = [t.numel() for t in target]
     if reduction == "mean":
         elements = [sum(elements)] * len(elements)
@@ -113,8 +115,6 @@ def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Seq
     Everything is computed in the dtype of x, to which the others are cast, with sums in float32 (float64 for float64); autocast
     has no say here. Returns a 0-dimensional tensor, float32 or float64; 0 for an empty batch.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     dtype = x[0].dtype
     if any(t.dtype != dtype for t in x):
         raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")

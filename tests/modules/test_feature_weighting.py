@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ada2i_fast import cpu
 from ada2i_fast.modules import FeatureWeighting
 from ada2i_fast.reference import attention_mapping, tensor_ring
 from ada2i_fast.reference.attention_mapping import AttentionMapping
@@ -36,8 +37,9 @@ def textbook(afw, x, rank):
 @pytest.mark.parametrize("widths", [[9], [9, 9], [7, 9, 8], [5, 6, 7, 4]], ids=lambda w: f"{len(w)} modalities")
 @pytest.mark.parametrize("options", [{}, dict(scale=1.0, feature_target="gated", feature_reduction="mean")],
                          ids=["published", "released"])
-def test_equals_the_textbook(widths, options):
-    afw = FeatureWeighting(widths, rank=4, layers=2, beta=0.3, dropout=0.0, backend="torch", **options).double()
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason="not built"))])
+def test_equals_the_textbook(widths, options, backend):
+    afw = FeatureWeighting(widths, rank=4, layers=2, beta=0.3, dropout=0.0, backend=backend, **options).double()
     spread_parameters(afw)
     g = torch.Generator().manual_seed(1)
     x = [torch.randn(sum(LENGTHS), width, generator=g, dtype=torch.float64) for width in widths]

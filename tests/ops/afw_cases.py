@@ -187,12 +187,13 @@ def assert_same_bits_with_threads(run, counts=(1, 2, 2, 3)) -> None:
 
 
 def poisoned(monkeypatch) -> None:
-    """torch.empty and its kin return NaN (-128 for signs): whoever leaves an element unwritten is found out."""
+    """torch.empty and its kin return NaN (-128 for signs, and NaN again where bytes hold numbers): whoever leaves an element unwritten is
+    found out."""
 
     def fill(make):
         def made(*args, **kwargs):
             t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-128) if t.dtype == torch.int8 else t
+            return t.fill_(float("nan") if t.is_floating_point() else {torch.int8: -128, torch.uint8: 255}[t.dtype])
         return made
 
     monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))

@@ -1,0 +1,287 @@
+"""afw_layer, tensor_ring and attention_mapping as one node: against float64, the two ops, and what an op of torch has to obey."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from ada2i_fast import cpu
+from ada2i_fast.ops import afw_layer, attention_mapping, tensor_ring
+from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring
+from ada2i_fast.reference.attention_mapping import AttentionMapping
+from ada2i_fast.reference.tensor_ring import TensorRing
+from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, named, offsets,
+                       poisoned)
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+profile = settings.get_profile("ops")
+TIERS = cpu.tiers() if cpu.why_not() is None else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAMES = (*PARAMETERS, "phi", "phi_bias")
+
+SMALL = Case(lengths=(5, 0, 14), widths=(18, 33, 7), rank=5, dropout=0.3, seed=1)
+IEMOCAP = Case(lengths=(51, 46, 59, 50, 39), widths=(300, 300, 300), rank=11, dropout=0.5, seed=2)
+LONG = Case(lengths=(700, 421), widths=(20, 35), rank=6, gated_target=True, reduction="mean", seed=3)
+
+
+@pytest.fixture
+def tier(request):
+    before = cpu.tier()
+    cpu.set_tier(request.param)
+    yield request.param
+    cpu.set_tier(before)
+
+
+def with_options(case: Case, **changes) -> Case:
+    return Case(**{**case.__dict__, **changes})
+
+
+def call(case: Case, at, backend="cpu", **options):
+    """at: tensors by name, the projections stacked as tensor_ring has them."""
+    weights, biases = ([part for t in at[name] for part in t.chunk(4)] for name in ("proj_weight", "proj_bias"))
+    return afw_layer(at["x"], offsets(case), weights, biases, at["map_weight"], at["map_bias"], at["phi"], at["phi_bias"],
+                     reduction=case.reduction, backend=backend, **{**case.options, **options})
+
+
+def two_ops(case: Case, at, backend="cpu"):
+    out, target = tensor_ring(at["x"], offsets(case), *(at[n] for n in PARAMETERS[1:]), backend=backend, **case.options)
+    return out, attention_mapping(at["x"], target, at["phi"], at["phi_bias"], reduction=case.reduction, backend=backend)
+
+
+def run(case: Case, given, backend="cpu", dtype=None, call=call) -> dict[str, torch.Tensor]:
+    """Outputs, loss and all gradients; the loss counts so much that its gradients are of the size of the others."""
+    at = leaves(given, NAMES, dtype)
+    out, loss = call(case, at, backend)
+    weight = float(sum(t.numel() for t in out))
+    found = torch.autograd.grad([*out, loss], [t for n in NAMES for t in at[n]],
+                                [*(g.to(out[0].dtype) for g in given["grad_out"]), torch.full_like(loss, weight)])
+    names = [f"grad {n}[{j}]" for n in NAMES for j in range(len(out))]
+    return named("out", out) | {"loss": loss} | dict(zip(names, found))
+
+
+def decided(case: Case, dtype: torch.dtype):
+    """Inputs whose differences lie far from 0: near it the sign, and with it a gradient, is a matter of rounding."""
+    drawn = inputs(case, dtype)
+    drawn["phi_bias"] = [t + 60.0 * (-1.0) ** torch.arange(t.numel()).to(t) for t in drawn["phi_bias"]]
+    return drawn
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    drawn = decided(case, dtype)
+    assert_close(run(case, drawn), run(case, drawn, "torch"), run(case, drawn, "torch", torch.float64), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(profile, max_examples=20)
+@given(case=cases())
+@example(case=Case(lengths=(), widths=(3, 4), rank=2))
+@example(case=Case(lengths=(0,), widths=(3,), rank=2, dropout=0.5))
+@example(case=Case(lengths=(1,), widths=(1,), rank=1))
+def test_error_against_float64(dtype, case):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [SMALL, IEMOCAP, LONG], ids=["small", "iemocap", "long"])
+@pytest.mark.parametrize("tier", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tier(case, tier, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("case", [SMALL, IEMOCAP, LONG], ids=["small", "iemocap", "long"])
+@pytest.mark.parametrize("tier", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_is_the_two_ops(case, gated, tier, dtype):
+    """Differences of either sign everywhere: what the two ops compute in the same order is the same to the last bit."""
+    case = with_options(case, gated_target=gated)
+    drawn = inputs(case, dtype)
+    one, two = run(case, drawn), run(case, drawn, call=two_ops)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-13)
+    for name, expected in two.items():
+        if name.startswith(("out", "loss", "grad phi")):
+            assert torch.equal(one[name], expected), name
+        else:
+            torch.testing.assert_close(one[name], expected, **tolerance, msg=name)
+
+
+def test_same_bits_whatever_the_threads():
+    for dtype in DTYPES:
+        drawn = inputs(IEMOCAP, dtype)
+        assert_same_bits_with_threads(lambda: run(IEMOCAP, drawn))
+
+
+@pytest.mark.parametrize("tier", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stays_within_its_arrays(monkeypatch, tier, dtype):
+    """Misaligned inputs inside buffers of NaN, outputs and state poisoned: the same bits."""
+    for case in (SMALL, LONG, with_options(SMALL, gated_target=True), Case(lengths=(0, 0), widths=(5, 3), rank=3)):
+        drawn = inputs(case, dtype)
+        expected = run(case, drawn)
+        inside = {name: [guarded(t)[0] for t in drawn[name]] for name in (*NAMES, "grad_out")}
+        with monkeypatch.context() as patch:
+            poisoned(patch)
+            actual = run(case, inside)
+        for name, e in expected.items():
+            assert torch.equal(actual[name], e), name
+
+
+def test_strided_inputs():
+    case = Case(lengths=(6, 5), widths=(12, 12), rank=4, seed=6)
+    drawn = inputs(case)
+    drawn["x"][0] = drawn["x"][0][:1].expand(11, 12)
+    drawn["x"][1] = drawn["x"][1].t().contiguous().t()
+    drawn["proj_weight"][0] = drawn["proj_weight"][0].t().contiguous().t()
+    drawn["map_weight"][1] = torch.stack([drawn["map_weight"][1]] * 2, dim=2)[:, :, 0]
+    drawn["phi"][1] = drawn["phi"][1].t()
+    drawn["grad_out"][0] = torch.ones((), dtype=torch.float64).expand(11, 12)
+    plain = {name: [t.contiguous() for t in tensors] for name, tensors in drawn.items()}
+    a, b = run(case, drawn), run(case, plain)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_without_gradients(monkeypatch):
+    """The same bits; without the loss nothing but the outputs is allocated."""
+    for case in (SMALL, LONG):
+        drawn = inputs(case, torch.float32)
+        out, loss = call(case, leaves(drawn, NAMES))
+        alone, same = call(case, drawn)
+        assert torch.equal(loss, same) and not same.requires_grad
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", None)
+            without, none = call(case, drawn, with_loss=False)
+        assert none is None and len(out) == len(alone) == len(without) == len(case.widths)
+        for a, b, c in zip(out, alone, without):
+            assert torch.equal(a, b) and torch.equal(a, c)
+        graph, none = call(case, leaves(drawn, NAMES), with_loss=False)
+        assert none is None and all(a.requires_grad for a in graph)
+
+
+def test_only_some_gradients_wanted():
+    """The loss alone, one output alone, frozen parameters."""
+    drawn = inputs(SMALL)
+    for pick in (lambda out, loss: [loss], lambda out, loss: out[1:2]):
+        results = []
+        for backend in ("cpu", "torch"):
+            at = leaves(drawn, NAMES)
+            picked = pick(*call(SMALL, at, backend))
+            results.append(torch.autograd.grad([t.sum() for t in picked], [t for n in NAMES for t in at[n]], allow_unused=True))
+        for a, e in zip(*results):
+            torch.testing.assert_close(torch.zeros(()) if a is None else a, torch.zeros_like(a) if e is None and a is not None else
+                                       torch.zeros(()) if e is None else e)
+    at = {n: [t.detach() for t in drawn[n]] for n in NAMES}
+    at["phi"][1].requires_grad_()
+    out, loss = call(SMALL, at)
+    grad, = torch.autograd.grad(loss, at["phi"][1])
+    torch.testing.assert_close(1.0 * sum(SMALL.lengths) * sum(SMALL.widths) * grad, run(SMALL, drawn, "torch")["grad phi[1]"])
+
+
+def test_parameters_in_another_dtype():
+    mixed = {n: [t.bfloat16() if n == "x" else t for t in ts] for n, ts in inputs(SMALL, torch.float32).items()}
+    at = leaves(mixed, NAMES)
+    flat = [t for n in NAMES for t in at[n]]
+    out, loss = call(SMALL, at)
+    assert out[0].dtype == torch.bfloat16 and loss.dtype == torch.float32
+    found = torch.autograd.grad([*(t.float().sum() for t in out), loss], flat)
+    assert all(g.dtype == t.dtype for g, t in zip(found, flat))
+    rounded = leaves({n: [t.bfloat16() for t in ts] for n, ts in mixed.items()}, NAMES)
+    out, loss = call(SMALL, rounded)
+    other = torch.autograd.grad([*(t.float().sum() for t in out), loss], [t for n in NAMES for t in rounded[n]])
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(found, other))
+
+
+def test_first_and_second_derivatives():
+    case = Case(lengths=(2, 0, 1), widths=(2, 1, 2), rank=2, dropout=0.3, gated_target=True, seed=7)
+    for case in (case, with_options(case, gated_target=False, dropout=0.0)):
+        at = leaves(decided(case, torch.float64), NAMES)
+        flat, m = [t for name in NAMES for t in at[name]], len(case.widths)
+
+        def function(*tensors):
+            out, loss = call(case, {name: tensors[i * m:(i + 1) * m] for i, name in enumerate(NAMES)})
+            return (*out, loss)
+
+        assert torch.autograd.gradcheck(function, flat)
+        assert torch.autograd.gradgradcheck(function, flat)
+
+        def gradients(**options):
+            return torch.autograd.grad(sum(t.sin().sum() for t in function(*flat)), flat, **options)
+
+        torch.testing.assert_close(gradients(create_graph=True), gradients(), rtol=1e-10, atol=1e-12)
+
+
+def test_compiles_whole_and_once():
+    """Compiled code takes the two ops, with the same result."""
+    torch._dynamo.reset()
+
+    def layer(case, at):
+        out, loss = call(case, at)
+        return sum(t.square().sum() for t in out) + loss
+
+    def compiled_layer(x, offsets, seed, parameters):
+        weights, biases = ([part for t in parameters[name] for part in t.chunk(4)] for name in ("proj_weight", "proj_bias"))
+        out, loss = afw_layer(x, offsets, weights, biases, *(parameters[n] for n in NAMES[3:]), seed=seed, backend="cpu",
+                              **{k: v for k, v in SMALL.options.items() if k != "seed"})
+        return sum(t.square().sum() for t in out) + loss
+
+    compiled = torch.compile(compiled_layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((5, 3), (9, 2, 4), (3,) * 7):
+            case = with_options(SMALL, lengths=lengths)
+            results = []
+            for f in (lambda at: layer(case, at), lambda at: compiled_layer_of(compiled, case, at)):
+                at = leaves(inputs(case, torch.float32), NAMES)
+                loss = f(at)
+                results.append([loss, *torch.autograd.grad(loss, [t for n in NAMES for t in at[n]])])
+            for a, b in zip(*results):
+                torch.testing.assert_close(a, b)
+
+
+def compiled_layer_of(compiled, case, at):
+    return compiled(at["x"], offsets(case), case.options["seed"], {n: at[n] for n in NAMES[1:]})
+
+
+def test_saves_a_quarter_of_what_the_textbook_saves():
+    """Inputs and parameters, which are there anyway, do not count."""
+    case, drawn = IEMOCAP, inputs(IEMOCAP, torch.float32)
+    steps, ring, phi = max(case.lengths), TensorRing(case.widths, case.rank), AttentionMapping(case.widths)
+    padded = [torch.randn(len(case.lengths), steps, d, requires_grad=True) for d in case.widths]
+    mask = torch.arange(steps)[None] < torch.tensor(case.lengths)[:, None]
+    at = leaves(drawn, NAMES)
+
+    def textbook_layer():
+        attention, gated = textbook_ring(ring, padded, ring=case.rings, scale=case.scale, beta=case.beta, mask=mask)
+        return [torch.nn.functional.dropout(t, 0.5) for t in gated], textbook_mapping(phi, padded, attention, reduction="sum", mask=mask)
+
+    def saved_bytes(compute, given):
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t     # holding t keeps its address from being used again
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            results = compute()
+        assert results[1].requires_grad
+        for t in given:
+            kept.pop(t.untyped_storage().data_ptr(), None)
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    theirs = saved_bytes(textbook_layer, [*padded, *ring.parameters(), *phi.parameters()])
+    for ours_layer in (call, two_ops):
+        ours = saved_bytes(lambda: ours_layer(case, at), [t for tensors in at.values() for t in tensors])
+        assert ours <= theirs / 4, f"{ours / theirs:.3f} of the textbook's {theirs} bytes"
+
+
+def test_refusals():
+    drawn = inputs(SMALL, torch.float32)
+    with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.0"):
+        call(SMALL, drawn, dropout=1.0)
+    with pytest.raises(ValueError, match="x: expected one dtype"):
+        call(SMALL, {**drawn, "x": [*drawn["x"][:2], drawn["x"][2].double()]})
+    with pytest.raises(ValueError, match="reduction: expected 'sum' or 'mean', got 'median'"):
+        call(with_options(SMALL, reduction="median"), drawn)
+    big = Case(lengths=(2,), widths=(3,), rank=33)
+    with pytest.raises(RuntimeError, match="rank 33"):
+        call(big, inputs(big))
+    assert torch.isfinite(call(big, inputs(big), "auto")[1])
