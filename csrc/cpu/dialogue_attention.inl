@@ -2,7 +2,7 @@
 // A job is one head of one dialogue. Its scores exist for kRows queries at a time forward and for kQueries backward, so memory is linear
 // in the rows.
 
-constexpr int64_t kQueries = 4 * kRows;
+constexpr int64_t kQueries = 8 * kRows;
 
 // exp(x) for x <= 88; below -87 the result stays at exp(-87), 1e-38. Error below 2 ulp (Moshier, Cephes expf).
 INLINE Vector<float> exponential(Vector<float> x) {
@@ -19,41 +19,140 @@ INLINE Vector<float> exponential(Vector<float> x) {
   return p * (Vector<float>)((__builtin_convertvector(n, Vector<int32_t>) + 127) << 23);
 }
 
-// Right operands from `count` rows of `width` numbers: as they stand (steps are the rows), and transposed (columns are the rows).
-template <class S> INLINE void pack_rows(float* right, const S* rows, int64_t stride, int64_t count, int64_t width) {
-  constexpr int lanes = Lanes<float>::count, columns = kColumns<float>;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < width; d += lanes)
-      store(right + d / columns * columns * count + r * columns + d % columns, load(rows + r * stride + d, width - d));
+// ---- products -----------------------------------------------------------------------------------------------------------------
+
+// A matrix in panels of kColumns columns, [panel][rows][kColumns]: a right operand (steps are the rows), a left one as it stands or as its
+// transpose, and a result. So scores and their gradients go from product to product without a copy.
+struct Panels {
+  static constexpr int columns = kColumns<float>;
+  float* data;
+  int64_t rows;
+  static int64_t size(int64_t rows, int64_t width) { return rows * round_up(width, columns); }
+  int64_t chunk() const { return rows * columns; }
+  float* at(int64_t row, int64_t column) const { return data + column / columns * chunk() + row * columns + column % columns; }
+};
+
+constexpr int kThird = kRows / 3;   // heights of a tile are multiples: short dialogues multiply little padding
+
+// out[height][width vectors] (+)= left * right over `count` steps. A panel of the left operand is `chunk` numbers.
+template <bool transposed, int height, int width>
+static __attribute__((noinline)) void panel_kernel(const float* left, int64_t chunk, const float* right, int64_t count, float* out, bool add) {
+  constexpr int lanes = Lanes<float>::count, columns = Panels::columns;
+  Vector<float> total[height][width] = {};
+  if (add)
+#pragma GCC unroll 16
+    for (int i = 0; i < height; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < width; ++v) total[i][v] = load(out + i * columns + v * lanes);
+  auto step = [&](int k) __attribute__((always_inline)) {
+    Vector<float> b[width];
+    for (int v = 0; v < width; ++v) b[v] = load(right + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < height; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < width; ++v) total[i][v] = multiply_add(total[i][v], left[transposed ? i : i * columns + k], b[v]);
+    right += columns;
+  };
+  if (transposed) {
+    for (; count > 0; --count, left += columns) step(0);
+  } else {
+    for (; count >= columns; count -= columns, left += chunk)
+      for (int k = 0; k < columns; ++k) step(k);
+    for (int k = 0; k < count; ++k) step(k);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < height; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < width; ++v) store(out + i * columns + v * lanes, total[i][v]);
 }
-template <class S> INLINE void pack_columns(float* right, const S* rows, int64_t stride, int64_t count, int64_t width) {
-  constexpr int columns = kColumns<float>;
-  for (int64_t first = 0; first < count; first += columns) {
-    float* panel = right + first * width;
-    const int64_t n = smaller(columns, count - first);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t d = 0; d < width; ++d) panel[d * columns + r] = to_compute(rows[(first + r) * stride + d]);
-    for (int64_t r = n; r < columns; ++r)
-      for (int64_t d = 0; d < width; ++d) panel[d * columns + r] = 0;
+
+// Rows row .. row + height - 1 of out, n columns, = rows first .. first + height - 1 of left, or of its transpose, times right, over `count`
+// steps; or they are added. height is at most kRows, and is rounded up to a multiple of kThird.
+template <bool transposed>
+INLINE void product(Panels left, int64_t first, int64_t height, Panels right, int64_t count, int64_t n, Panels out, int64_t row, bool add) {
+  typedef void Kernel(const float*, int64_t, const float*, int64_t, float*, bool);
+  static Kernel* const kernels[3][2] = {{panel_kernel<transposed, kThird, 1>, panel_kernel<transposed, kThird, 2>},
+                                        {panel_kernel<transposed, 2 * kThird, 1>, panel_kernel<transposed, 2 * kThird, 2>},
+                                        {panel_kernel<transposed, 3 * kThird, 1>, panel_kernel<transposed, 3 * kThird, 2>}};
+  const float* from = transposed ? left.at(0, first) : left.at(first, 0);
+  for (int64_t column = 0; column < n; column += Panels::columns)
+    kernels[(height - 1) / kThird][n - column > Lanes<float>::count](from, left.chunk(), right.at(0, column), count, out.at(row, column), add);
+}
+
+// out [n, width] (+)= left^T right, for the first `count` rows of left [.., n] and right [.., width].
+INLINE void product_of_transpose(Panels left, int64_t n, Panels right, int64_t count, int64_t width, Panels out, bool add) {
+  for (int64_t first = 0, height; first < n; first += height) {
+    height = smaller(smaller(kRows, n - first), Panels::columns - first % Panels::columns);
+    product<true>(left, first, height, right, count, width, out, first, add);
   }
 }
 
-INLINE float largest(const float* row, int64_t n) {
+// `count` rows of `width` numbers. Those that only fill a tile are zero.
+template <class S> INLINE void pack_rows(Panels to, const S* rows, int64_t stride, int64_t count, int64_t width) {
   constexpr int lanes = Lanes<float>::count;
-  auto most = broadcast(row[0]);
-  int64_t d = 0;
-  for (; d + lanes <= n; d += lanes) {
-    auto next = load(row + d);
-    most = next > most ? next : most;
-  }
-  float found = row[0];
-  for (int i = 0; i < lanes; ++i) found = most[i] > found ? most[i] : found;
-  for (; d < n; ++d) found = row[d] > found ? row[d] : found;
-  return found;
+  for (int64_t r = 0; r < round_up(count, kThird); ++r)
+    for (int64_t d = 0; d < width; d += lanes)
+      store(to.at(r, d), r < count ? load(rows + r * stride + d, width - d) : Vector<float>{});
 }
+
+// Their transpose; to.rows is a multiple of the lanes.
+template <class S> INLINE void pack_columns(Panels to, const S* rows, int64_t stride, int64_t count, int64_t width) {
+  constexpr int lanes = Lanes<float>::count;
+  for (int64_t r = 0; r < count; r += lanes)
+    for (int64_t d = 0; d < width; d += lanes) {
+      Vector<float> square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) square[i] = r + i < count ? load(rows + (r + i) * stride + d, width - d) : Vector<float>{};
+      transpose_square<float>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(to.at(d + i, r), square[i]);
+    }
+}
+
+// ---- rows of a tile -----------------------------------------------------------------------------------------------------------
+
+constexpr int kTileLanes = (kRows + Lanes<float>::count - 1) / Lanes<float>::count * Lanes<float>::count;   // one per row, in whole vectors
+
+// value in the first n lanes, `other` in the rest.
+INLINE Vector<float> first_lanes(Vector<float> value, int64_t n, float other) {
+  Vector<int32_t> lane;
+  for (int i = 0; i < Lanes<float>::count; ++i) lane[i] = i;
+  return lane < int32_t(n) ? value : broadcast(other);
+}
+
+// Lane i is the largest of row i, found as row_sums finds the sum. Overwrites the rows.
+INLINE Vector<float> row_maxima(Vector<float>* rows) {
+#pragma GCC unroll 4
+  for (int width = Lanes<float>::count / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      auto a = zip<0, float>(rows[i], rows[i + width]), b = zip<1, float>(rows[i], rows[i + width]);
+      rows[i] = a > b ? a : b;
+    }
+  return rows[0];
+}
+
+// The words of a tile's mask: row i, column d at words[i * stride + d].
+struct TileMask {
+  uint64_t seed;
+  uint32_t stream, threshold;
+  float kept;
+  bool used;
+  uint32_t* words;
+  TileMask(const DialogueAttention* a, uint32_t* words)
+      : seed(a->dropout > 0 ? uint64_t(*a->seed) : 0), stream(uint32_t(a->stream)), threshold(dropout_threshold(a->dropout)),
+        kept(float(1.0 / (1.0 - a->dropout))), used(a->dropout > 0), words(words) {}
+  static int64_t size(int64_t longest) { return kRows * round_up(longest, 4) + 5 * kWords; }
+  static int64_t stride(int64_t n) { return round_up(n, 4); }
+  void draw(int64_t row, int64_t height, int64_t head, int64_t n) const {
+    if (used) philox_rows(seed, row, stream + uint32_t(head), stride(n) / 4, height, words);
+  }
+};
+
+// ---- the op -------------------------------------------------------------------------------------------------------------------
 
 struct AttentionSizes {
-  int64_t heads, head, longest, padded;
+  int64_t heads, head, longest, padded;   // padded: whole vectors of a head
   double work;
   explicit AttentionSizes(const DialogueAttention* a) : heads(a->heads), head(a->width / a->heads), longest(1), work(0) {
     for (int64_t b = 0; b < a->dialogues; ++b) {
@@ -61,127 +160,129 @@ struct AttentionSizes {
       if (n > longest) longest = n;
       work += double(n) * double(n) * double(a->width);
     }
-    padded = round_up(longest, kColumns<float>) + kWords;
+    padded = round_up(head, Lanes<float>::count);
+    longest = round_up(longest, kThird);
   }
   int threads(int64_t most) const { return useful_threads(most, work < 1e15 ? int64_t(work) : int64_t(1e15)); }
 };
 
-template <class S> INLINE void pack_tile(float* left, const S* rows, int64_t stride, int64_t height, int64_t width) {
-  for (int i = 0; i < kRows; ++i)
-    pack_left(left, i, width, [&](int64_t d, int64_t n) { return i < height ? load(rows + i * stride + d, n) : Vector<float>{}; });
-}
-
-INLINE void keep_columns(const DialogueAttention* args, int64_t row, int64_t h, int64_t n, float* values) {
-  constexpr int lanes = Lanes<float>::count;
-  const uint32_t threshold = dropout_threshold(args->dropout);
-  const float kept = float(1.0 / (1.0 - args->dropout));
-  uint32_t words[kWords];
-  for (int64_t d = 0; d < n; d += kWords) {
-    philox(uint64_t(*args->seed), row, uint32_t(args->stream + h), d, words);
-    for (int v = 0; v < kWords; v += lanes) store(values + d + v, keep(load(values + d + v), words + v, threshold, kept));
+// Takes pieces of one thread's scratch; without scratch it counts them.
+struct Pieces {
+  float* data;
+  int64_t used = 0;
+  explicit Pieces(float* data) : data(data) {}
+  float* take(int64_t size) {
+    float* piece = data ? data + used : nullptr;
+    used += round_up(size, 16);
+    return piece;
   }
-}
+  Panels take(int64_t rows, int64_t width) { return {take(Panels::size(rows, width)), rows}; }
+};
+
+struct ForwardScratch : Pieces {
+  Panels keys, values, queries, scores, result;
+  uint32_t* words;
+  ForwardScratch(float* data, const AttentionSizes& size)
+      : Pieces(data), keys(take(size.padded, size.longest)), values(take(size.longest, size.head)), queries(take(kRows, size.head)),
+        scores(take(kRows, size.longest)), result(take(kRows, size.head)), words((uint32_t*)take(TileMask::size(size.longest))) {}
+};
 
 //   qkv | out logsum
 template <class S> static int dialogue_attention_forward(const DialogueAttention* args) {
   constexpr int lanes = Lanes<float>::count;
   const AttentionSizes size(args);
-  const int64_t head = size.head, stride = 3 * args->width, padded = size.padded;
+  const int64_t head = size.head, stride = 3 * args->width;
   const S* qkv = (const S*)args->tensors[0];
   S* out = (S*)args->tensors[1];
   float* logsum = (float*)args->tensors[2];
   const int threads = size.threads(args->threads);
-  Scratch<float> keys(right_size<float>(head, size.longest), threads), values(right_size<float>(size.longest, head), threads);
-  Scratch<float> left(left_size<float>(head > size.longest ? head : size.longest), threads), scores(kRows * padded, threads);
-  if (!keys.ok() || !values.ok() || !left.ok() || !scores.ok()) return 1;
+  Scratch<float> scratch(ForwardScratch(nullptr, size).used, threads);
+  if (!scratch.ok()) return 1;
   const float scale = float(args->scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t job = 0; job < args->dialogues * size.heads; ++job) {
     const int64_t b = job / size.heads, h = job % size.heads, start = args->offsets[b], n = args->offsets[b + 1] - start;
     if (n == 0) continue;
-    const int thread = omp_get_thread_num();
-    float *K = keys.of(thread), *V = values.of(thread), *tile = left.of(thread), *P = scores.of(thread);
+    const ForwardScratch own(scratch.of(omp_get_thread_num()), size);
+    const TileMask mask(args, own.words);
+    const Panels K = own.keys, V = own.values, Q = own.queries, P = own.scores, O = own.result;
     const S* q = qkv + start * stride + h * head;
     pack_columns(K, q + args->width, stride, n, head);
     pack_rows(V, q + 2 * args->width, stride, n, head);
     for (int64_t first = 0; first < n; first += kRows) {
       const int64_t height = smaller(kRows, n - first);
-      float inverse[kRows];
-      pack_tile(tile, q + first * stride, stride, height, head);
-      multiply<Strips>(tile, K, head, n, [&](const float* c, int64_t column, int64_t) {
-        for (int64_t i = 0; i < height; ++i)
-          for (int v = 0; v < kColumns<float>; v += lanes) store(P + i * padded + column + v, load(c + i * kColumns<float> + v) * scale);
-      });
+      pack_rows(Q, q + first * stride, stride, height, head);
+      product<false>(Q, 0, height, K, head, n, P, 0, false);
+      mask.draw(start + first, height, h, n);
+
+      Vector<float> rows[kTileLanes] = {};
+      float most[kTileLanes], log_sum[kTileLanes], inverse[kTileLanes];
       for (int64_t i = 0; i < height; ++i) {
-        float *row = P + i * padded, *kept = logsum + 2 * ((start + first + i) * size.heads + h);
-        const float most = largest(row, n);
+        rows[i] = broadcast(-__builtin_inff());
+        for (int64_t d = 0; d < n; d += lanes) {
+          const auto next = first_lanes(load(P.at(i, d)), n - d, -__builtin_inff());
+          rows[i] = next > rows[i] ? next : rows[i];
+        }
+      }
+      for (int i = 0; i < kTileLanes; i += lanes) store(most + i, row_maxima(rows + i) * scale);
+      for (int64_t i = 0; i < height; ++i) {
         Vector<float> total = {};
         for (int64_t d = 0; d < n; d += lanes) {
-          store(row + d, exponential(load(row + d) - most));
-          total += load(row + d, n - d);
+          auto weight = exponential(load(P.at(i, d)) * scale - most[i]);
+          total += first_lanes(weight, n - d, 0.0f);
+          if (mask.used) weight = keep(weight, mask.words + i * TileMask::stride(n) + d, mask.threshold, mask.kept);
+          store(P.at(i, d), weight);
         }
-        const float whole = lane_sum(total);
-        inverse[i] = 1.0f / whole;
-        kept[0] = most;
-        kept[1] = logarithm(broadcast(whole))[0];
-        if (args->dropout > 0) keep_columns(args, start + first + i, h, n, row);
+        rows[i] = total;
       }
-      pack_tile(tile, P, padded, height, n);
-      multiply<Strips>(tile, V, n, head, [&](const float* c, int64_t column, int64_t columns) {
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t v = 0; v < columns; v += lanes)
-            store(out + (start + first + i) * args->width + h * head + column + v, load(c + i * kColumns<float> + v) * inverse[i],
-                  columns - v);
-      });
+      for (int i = 0; i < kTileLanes; i += lanes) {
+        const auto whole = row_sums<float>(rows + i);
+        store(inverse + i, 1.0f / whole);
+        store(log_sum + i, logarithm(whole));
+      }
+
+      product<false>(P, 0, height, V, n, head, O, 0, false);
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t row = start + first + i;
+        logsum[2 * (row * size.heads + h)] = most[i];
+        logsum[2 * (row * size.heads + h) + 1] = log_sum[i];
+        for (int64_t d = 0; d < head; d += lanes) store(out + row * args->width + h * head + d, load(O.at(i, d)) * inverse[i], head - d);
+      }
     }
   }
   return 0;
 }
 
-// rows[j] (+)= sum_r factor[r][j] right[r], for n rows of `width` numbers; factor: [count][padded], right packed.
-INLINE void add_transposed(float* rows, const float* factor, int64_t padded, const float* right, int64_t count, int64_t n, int64_t width,
-                           bool add, float* left) {
-  constexpr int lanes = Lanes<float>::count;
-  for (int64_t first = 0; first < n; first += kRows) {
-    const int64_t height = smaller(kRows, n - first);
-    for (int64_t r = 0; r < count; ++r) __builtin_memcpy(left + r * kRows, factor + r * padded + first, kRows * sizeof(float));
-    multiply<Columns>(left, right, count, width, [&](const float* c, int64_t column, int64_t columns) {
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t v = 0; v < columns; v += lanes) {
-          float* to = rows + (first + i) * width + column + v;
-          auto value = load(c + i * kColumns<float> + v);
-          if (add) value += load(to, columns - v);
-          store(to, value, columns - v);
-        }
-    });
-  }
-}
+struct BackwardScratch : Pieces {
+  Panels keys, values, key_rows, queries, gradients, P, dS, result, to_keys, to_values;
+  uint32_t* words;
+  BackwardScratch(float* data, const AttentionSizes& size, int64_t block)
+      : Pieces(data), keys(take(size.padded, size.longest)), values(take(size.padded, size.longest)), key_rows(take(size.longest, size.head)),
+        queries(take(block, size.head)), gradients(take(block, size.head)), P(take(block, size.longest)), dS(take(block, size.longest)),
+        result(take(kRows, size.head)), to_keys(take(size.longest, size.head)), to_values(take(size.longest, size.head)),
+        words((uint32_t*)take(TileMask::size(size.longest))) {}
+};
 
 //   qkv out logsum grad_out | grad_qkv
 template <class S> static int dialogue_attention_backward(const DialogueAttention* args) {
   constexpr int lanes = Lanes<float>::count;
   const AttentionSizes size(args);
-  const int64_t head = size.head, width = args->width, stride = 3 * width, padded = size.padded;
+  const int64_t head = size.head, width = args->width, stride = 3 * width;
   const S *qkv = (const S*)args->tensors[0], *out = (const S*)args->tensors[1], *grad_out = (const S*)args->tensors[3];
   const float* logsum = (const float*)args->tensors[2];
   S* grad_qkv = (S*)args->tensors[4];
   const int threads = size.threads(args->threads);
-  const int64_t longest = size.longest > head ? size.longest : head;
-  Scratch<float> keys(right_size<float>(head, size.longest), threads), values(right_size<float>(head, size.longest), threads);
-  Scratch<float> straight(right_size<float>(size.longest, head), threads), queries(2 * right_size<float>(kQueries, head), threads);
-  Scratch<float> left(left_size<float>(longest > kQueries ? longest : kQueries), threads);
-  Scratch<float> weights(kQueries * padded, threads), gradients(kQueries * padded, threads), sums(2 * size.longest * head, threads);
-  if (!keys.ok() || !values.ok() || !straight.ok() || !queries.ok() || !left.ok() || !weights.ok() || !gradients.ok() || !sums.ok())
-    return 1;
+  const int64_t most_queries = smaller(kQueries, size.longest);
+  Scratch<float> scratch(BackwardScratch(nullptr, size, most_queries).used, threads);
+  if (!scratch.ok()) return 1;
   const float scale = float(args->scale);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t job = 0; job < args->dialogues * size.heads; ++job) {
     const int64_t b = job / size.heads, h = job % size.heads, start = args->offsets[b], n = args->offsets[b + 1] - start;
     if (n == 0) continue;
-    const int thread = omp_get_thread_num();
-    float *K = keys.of(thread), *V = values.of(thread), *K_rows = straight.of(thread), *tile = left.of(thread);
-    float *Q_rows = queries.of(thread), *G_rows = Q_rows + right_size<float>(kQueries, head);
-    float *P = weights.of(thread), *dS = gradients.of(thread), *to_keys = sums.of(thread), *to_values = to_keys + n * head;
+    const BackwardScratch own(scratch.of(omp_get_thread_num()), size, most_queries);
+    const TileMask mask(args, own.words);
+    const Panels K = own.keys, V = own.values, K_rows = own.key_rows, Q = own.queries, G = own.gradients, P = own.P, dS = own.dS;
     const S *q = qkv + start * stride + h * head, *o = out + start * width + h * head, *g = grad_out + start * width + h * head;
     S* grad = grad_qkv + start * stride + h * head;
     pack_columns(K, q + width, stride, n, head);
@@ -189,50 +290,46 @@ template <class S> static int dialogue_attention_backward(const DialogueAttentio
     pack_rows(K_rows, q + width, stride, n, head);
     for (int64_t block = 0; block < n; block += kQueries) {
       const int64_t count = smaller(kQueries, n - block);
-      for (int64_t first = block; first < block + count; first += kRows) {
-        const int64_t height = smaller(kRows, block + count - first);
-        float *P_tile = P + (first - block) * padded, *dS_tile = dS + (first - block) * padded;
-        auto copy_to = [&](float* to, float factor) {
-          return [=](const float* c, int64_t column, int64_t) {
-            for (int64_t i = 0; i < height; ++i)
-              for (int v = 0; v < kColumns<float>; v += lanes) store(to + i * padded + column + v, load(c + i * kColumns<float> + v) * factor);
-          };
-        };
-        pack_tile(tile, q + first * stride, stride, height, head);
-        multiply<Strips>(tile, K, head, n, copy_to(P_tile, scale));
-        pack_tile(tile, g + first * width, width, height, head);
-        multiply<Strips>(tile, V, head, n, copy_to(dS_tile, 1.0f));
+      pack_rows(Q, q + block * stride, stride, count, head);
+      pack_rows(G, g + block * width, width, count, head);
+      for (int64_t first = 0; first < count; first += kRows) {
+        const int64_t height = smaller(kRows, count - first), row = start + block + first;
+        product<false>(Q, first, height, K, head, n, P, first, false);
+        product<false>(G, first, height, V, head, n, dS, first, false);
+        mask.draw(row, height, h, n);
+
+        Vector<float> rows[kTileLanes] = {};
+        float mean[kTileLanes];
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t d = 0; d < head; d += lanes)
+            rows[i] += load(G.at(first + i, d)) * load(o + (block + first + i) * width + d, head - d);
+        for (int i = 0; i < kTileLanes; i += lanes) store(mean + i, row_sums<float>(rows + i));
         for (int64_t i = 0; i < height; ++i) {
-          const int64_t row = first + i;
-          const float *kept = logsum + 2 * ((start + row) * size.heads + h), most = kept[0], log_sum = kept[1];
-          float *p = P_tile + i * padded, *s = dS_tile + i * padded;
-          Vector<float> dot = {};
-          for (int64_t d = 0; d < head; d += lanes) dot += load(g + row * width + d, head - d) * load(o + row * width + d, head - d);
-          const float mean = lane_sum(dot);
-          if (args->dropout > 0) keep_columns(args, start + row, h, n, s);
+          const float *kept = logsum + 2 * ((row + i) * size.heads + h), most = kept[0], log_sum = kept[1];
           for (int64_t d = 0; d < n; d += lanes) {
-            auto weight = exponential(load(p + d) - most - log_sum);
-            store(p + d, weight);
-            store(s + d, weight * (load(s + d) - mean) * scale);
+            float *p = P.at(first + i, d), *s = dS.at(first + i, d);
+            auto weight = exponential(load(p) * scale - most - log_sum), gradient = load(s), masked = weight;
+            if (mask.used) {
+              const uint32_t* words = mask.words + i * TileMask::stride(n) + d;
+              gradient = keep(gradient, words, mask.threshold, mask.kept);
+              masked = keep(weight, words, mask.threshold, mask.kept);
+            }
+            store(p, masked);
+            store(s, weight * (gradient - mean[i]) * scale);
           }
-          if (args->dropout > 0) keep_columns(args, start + row, h, n, p);
         }
-        pack_tile(tile, dS_tile, padded, height, n);
-        multiply<Strips>(tile, K_rows, n, head, [&](const float* c, int64_t column, int64_t columns) {
-          for (int64_t i = 0; i < height; ++i)
-            for (int64_t v = 0; v < columns; v += lanes)
-              store(grad + (first + i) * stride + column + v, load(c + i * kColumns<float> + v), columns - v);
-        });
+        product<false>(dS, first, height, K_rows, n, head, own.result, 0, false);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t d = 0; d < head; d += lanes)
+            store(grad + (block + first + i) * stride + d, load(own.result.at(i, d)), head - d);
       }
-      pack_rows(Q_rows, q + block * stride, stride, count, head);
-      pack_rows(G_rows, g + block * width, width, count, head);
-      add_transposed(to_keys, dS, padded, Q_rows, count, n, head, block > 0, tile);
-      add_transposed(to_values, P, padded, G_rows, count, n, head, block > 0, tile);
+      product_of_transpose(dS, n, Q, count, head, own.to_keys, block > 0);
+      product_of_transpose(P, n, G, count, head, own.to_values, block > 0);
     }
     for (int64_t row = 0; row < n; ++row)
       for (int64_t d = 0; d < head; d += lanes) {
-        store(grad + row * stride + width + d, load(to_keys + row * head + d, head - d), head - d);
-        store(grad + row * stride + 2 * width + d, load(to_values + row * head + d, head - d), head - d);
+        store(grad + row * stride + width + d, load(own.to_keys.at(row, d)), head - d);
+        store(grad + row * stride + 2 * width + d, load(own.to_values.at(row, d)), head - d);
       }
   }
   return 0;

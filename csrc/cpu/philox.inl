@@ -32,19 +32,12 @@ INLINE void interleave(Wide a, Wide b, uint32_t* out) {
   __builtin_memcpy(out + 2 * lanes, &high, sizeof high);
 }
 
+template <int n> struct Number { constexpr int operator()() const { return n; } };
+
 constexpr int kWords = kBytes / 2;   // columns per call: four words for each 64-bit lane
 
-// words[i] for columns column .. column + blocks * kWords - 1; column is a multiple of 4. Several blocks hide each other's latency.
-template <int blocks> INLINE void philox_blocks(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
-  constexpr int lanes = Lanes<uint64_t>::count;
-  Wide order, c0[blocks], c1[blocks], c2[blocks], c3[blocks];
-  for (int i = 0; i < lanes; ++i) order[i] = uint64_t(i);
-  for (int k = 0; k < blocks; ++k) {
-    c0[k] = order + uint64_t(column / 4 + k * lanes);
-    c1[k] = broadcast<uint64_t>(uint32_t(row));
-    c2[k] = broadcast<uint64_t>(uint64_t(row) >> 32);
-    c3[k] = broadcast<uint64_t>(stream);
-  }
+// The words of `blocks` vectors of counters, which are overwritten. Several hide each other's latency.
+template <int blocks> INLINE void philox_rounds(uint64_t seed, Wide* c0, Wide* c1, Wide* c2, Wide* c3, uint32_t* words) {
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -66,8 +59,51 @@ template <int blocks> INLINE void philox_blocks(uint64_t seed, int64_t row, uint
   }
 }
 
+// words[i] for columns column .. column + blocks * kWords - 1; column is a multiple of 4.
+template <int blocks> INLINE void philox_blocks(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
+  constexpr int lanes = Lanes<uint64_t>::count;
+  Wide order, c0[blocks], c1[blocks], c2[blocks], c3[blocks];
+  for (int i = 0; i < lanes; ++i) order[i] = uint64_t(i);
+  for (int k = 0; k < blocks; ++k) {
+    c0[k] = order + uint64_t(column / 4 + k * lanes);
+    c1[k] = broadcast<uint64_t>(uint32_t(row));
+    c2[k] = broadcast<uint64_t>(uint64_t(row) >> 32);
+    c3[k] = broadcast<uint64_t>(stream);
+  }
+  philox_rounds<blocks>(seed, c0, c1, c2, c3, words);
+}
+
 INLINE void philox(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t* words) {
   philox_blocks<1>(seed, row, stream, column, words);
+}
+
+// The words of `count` rows from `row` on, columns 0 .. 4 * quads - 1, one row after the other. A vector of counters runs over the ends of
+// rows, so short ones share it. Writes whole vectors: up to 4 * kWords words too many.
+INLINE void philox_rows(uint64_t seed, int64_t row, uint32_t stream, int64_t quads, int64_t count, uint32_t* words) {
+  constexpr int lanes = Lanes<uint64_t>::count;
+  typedef Vector<int64_t> Signed;   // compares of signed numbers exist in more instruction sets
+  Signed column, n;
+  for (int i = 0; i < lanes; ++i) column[i] = i % quads, n[i] = row + i / quads;
+  const int64_t columns = lanes % quads, rows = lanes / quads;
+  auto draw = [&](auto number) __attribute__((always_inline)) {
+    constexpr int blocks = number();
+    Wide c0[blocks], c1[blocks], c2[blocks], c3[blocks];
+#pragma GCC unroll 8
+    for (int k = 0; k < blocks; ++k) {
+      c0[k] = (Wide)column;
+      c1[k] = (Wide)n;
+      c2[k] = (Wide)n >> 32;
+      c3[k] = broadcast<uint64_t>(stream);
+      const Signed next = column + columns, over = next >= quads;   // -1 in lanes that left their row
+      column = next - (over & quads);
+      n += rows - over;
+    }
+    philox_rounds<blocks>(seed, c0, c1, c2, c3, words);
+    words += blocks * kWords;
+  };
+  int64_t left = (count * quads + lanes - 1) / lanes;
+  for (; left > 2; left -= 4) draw(Number<4>());
+  for (; left > 0; --left) draw(Number<1>());
 }
 
 // Words below round(p 2^32) drop their element.
