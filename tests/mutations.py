@@ -42,6 +42,7 @@ class Mutant:
 
 RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
+CPU_ATTENTION = "csrc/cpu/dialogue_attention.inl"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
@@ -72,6 +73,13 @@ MUTANTS = [
            "the product rule leaves a factor out"),
     Mutant("cpu", "index", "csrc/cpu/philox.inl", "c0[k] = order + uint64_t(column / 4 + k * lanes);", "c0[k] = order + uint64_t(k * lanes);",
            "columns of a row share their random words"),
+    Mutant("cpu", "index", "csrc/cpu/philox.inl", "n += rows - over;", "n += rows;", "short rows that share a vector of counters share their words"),
+    Mutant("cpu", "bound", CPU_ATTENTION, "total += first_lanes(weight, n - d, 0.0f);", "total += weight;",
+           "the sum of a row's weights runs beyond its dialogue"),
+    Mutant("cpu", "index", CPU_ATTENTION, "steps<E>(count), head, own.to_keys, block > 0);", "steps<E>(count), head, own.to_keys, false);",
+           "of a long dialogue only the last queries reach the keys"),
+    Mutant("cpu", "bound", CPU_ATTENTION, "steps<E>(n), head, O, 0, false);", "n / Step<E>::elements, head, O, 0, false);",
+           "in bf16 the last value of an odd dialogue is left out"),
     Mutant("cpu", "bound", CPU_MAPPING, "const int64_t n = smaller(lanes, columns - v), d = column + v;", "const int64_t n = lanes, d = column + v;",
            "the last vector of a row runs beyond it"),
     Mutant("cpu", "bound", CPU_RING, "if (args->offsets[middle] <= n) low = middle;", "if (args->offsets[middle] < n) low = middle;",

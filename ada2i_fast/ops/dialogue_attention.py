@@ -161,7 +161,8 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
     """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N, or the
     `DialogueOffsets` of a CUDA graph, whose numbers nobody checks; heads divides d. dropout: probability, on the attention weights;
     seed, stream: of its mask, by default drawn from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see
-    `ada2i_fast.backends`. Returns [N, d] in the dtype of qkv; for bfloat16 and float16 the arithmetic is float32.
+    `ada2i_fast.backends`. Returns [N, d] in the dtype of qkv; for bfloat16 and float16 the arithmetic is float32, but
+    for the CPU's bf16 dot product, whose factors (the weights, the gradients of scores) are rounded to bfloat16.
 
     A dialogue's result has nothing to do with the others, whatever their lengths; memory is linear in N.
     """

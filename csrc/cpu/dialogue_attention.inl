@@ -1,4 +1,5 @@
 // Self-attention inside each dialogue; mathematics in ada2i_fast/ops/dialogue_attention.py. S is the storage type, arithmetic is in float.
+// Where the tier has the bf16 dot product, bf16 is multiplied as it stands; weights and gradients of scores are rounded to it for that.
 // A job is one head of one dialogue. Its scores exist for kRows queries at a time forward and for kQueries backward, so memory is linear
 // in the rows.
 
