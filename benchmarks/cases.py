@@ -143,11 +143,9 @@ def parts(case: Case) -> dict[str, tuple[float, float]]:
     if training:
         found |= {"encoder products, input gradients": (2 * (products - first), encoders * size),
                   "encoder products, weight gradients": (2 * products, encoders * size)}
-    afw = config.afw_layers * size * passes
     found |= {"dialogue attention": (2 * passes * attention, 0),
-              "tensor ring": (2 * passes * scale * ring, ring_parameters * afw)}
-    if training:
-        found["attention mapping"] = (2 * passes * scale * mapping, mapping_parameters * afw)
+              "feature weighting": (2 * passes * scale * (ring + training * mapping),
+                                    (ring_parameters + training * mapping_parameters) * config.afw_layers * size * passes)}
     found["cosine fusion, head, losses, ratio"] = (2 * passes * m * n * d * config.num_classes, 0)
     if training:
         found["optimiser: update"] = (0, (encoders + config.afw_layers * (ring_parameters + mapping_parameters)) * ADAM_BYTES)

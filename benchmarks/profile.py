@@ -36,12 +36,12 @@ SPAN = "part: "
 
 FORWARD, INPUT, WEIGHT = (f"encoder products, {kind}" for kind in ("forward", "input gradients", "weight gradients"))
 ATTENTION, RELU, NORM, ENCODER = "dialogue attention", "bias, ReLU, dropout", "dropout, residual, LayerNorm", "encoders, the rest"
-RING, MAPPING, FUSION = "tensor ring", "attention mapping", "cosine fusion, head, losses, ratio"
+AFW, FUSION = "feature weighting", "cosine fusion, head, losses, ratio"
 MEASURE, UPDATE, CASTS, REST = "optimiser: norm and spread", "optimiser: update", "casts of autocast", "everything else"
-PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, RING, MAPPING, FUSION, MEASURE, UPDATE, CASTS, REST)
+PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, AFW, FUSION, MEASURE, UPDATE, CASTS, REST)
 
 # By the beginning of the registered op's name; an op that is not here is a part of its own.
-OPS = {"tensor_ring": RING, "attention_mapping": MAPPING, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
+OPS = {"tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
        "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
@@ -86,12 +86,11 @@ def spans(competitor):
                                ("norm2", NORM)):
                 watch(getattr(layer, name), part)
     if competitor.padded:
-        for name, part in (("tensor_ring", RING), ("attention_mapping", MAPPING)):
-            wrap(type(competitor.model).forward.__globals__, name, part)
+        for name in ("tensor_ring", "attention_mapping"):
+            wrap(type(competitor.model).forward.__globals__, name, AFW)
         wrap(vars(implementations.reference), "balanced_step", UPDATE)
     else:
-        watch(net.mmt, RING)
-        wrap(vars(sys.modules[type(net.mmt).__module__]), "attention_mapping", MAPPING)
+        watch(net.mmt, AFW)
         step = competitor.optimizer.step
 
         def stepped(*args, **kwargs):
@@ -173,7 +172,7 @@ def attribute(events, case: Case) -> dict[str, float]:
             if outermost.name in ("aten::dropout", "aten::layer_norm", "aten::add"):
                 return NORM
         if part is None and "aten::dropout" in names:
-            return RING                     # of the gate
+            return AFW                      # of the gate
         return part or FUSION
 
     seconds: dict[str, float] = {}
@@ -182,6 +181,8 @@ def attribute(events, case: Case) -> dict[str, float]:
         if own:                             # with all that the op calls
             name = own.removeprefix("ada2i_fast::")
             part = next((p for beginning, p in OPS.items() if name.startswith(beginning)), name.removesuffix("_forward").removesuffix("_backward"))
+        elif event.name.startswith("_AFWLayer"):    # calls the library itself
+            part = AFW
         elif not event.name.startswith(("aten::", "mkldnn::")):
             part = REST                     # spans, autograd's nodes, Python functions of autograd
         elif any(e.name == "torch::autograd::AccumulateGrad" for e in ancestors(event)):

@@ -84,6 +84,13 @@ MUTANTS = [
            "the last vector of a row runs beyond it"),
     Mutant("cpu", "bound", CPU_RING, "if (args->offsets[middle] <= n) low = middle;", "if (args->offsets[middle] < n) low = middle;",
            "a dialogue's first row belongs to the one before"),
+    Mutant("cpu", "sign", CPU_RING, "if (mapping) target -= factor * load_signs<T>(sign + at, n);",
+           "if (mapping) target += factor * load_signs<T>(sign + at, n);", "the loss's gradient of its target adds up the wrong way"),
+    Mutant("cpu", "index", CPU_RING, "gated_target ? gated : att);", "gated_target ? att : gated);", "the loss of a layer compares with the other target"),
+    Mutant("cpu", "scale", CPU_RING, "if (mapping) direct += load(mapping_rows + i * tile_row + d);", "", "gradient of x without the loss's"),
+    Mutant("cpu", "index", CPU_RING, "D, D, (S*)t[GRAD_PHI * M + j],", "D, D, (S*)t[GRAD_PHI * M],", "all gradients of Phi go to the first modality"),
+    Mutant("cpu", "index", CPU_RING, "((const S*)t[PROJ_BIAS * M + 4 * j + r / R])[r % R]", "((const S*)t[PROJ_BIAS * M + 4 * j])[r % R]",
+           "all four projections take the bias of q1"),
     Mutant("cpu", "mask", CPU_RING, "if (!gated_target) att += target;", "att += target;", "the target's gradient counts twice"),
     Mutant("cpu", "sign", "csrc/cpu/balanced_adam.inl", "store(g + d, load(g + d, n) * factor + noise * to_gradient, n);",
            "store(g + d, load(g + d, n) * factor - noise * to_gradient, n);", "the noise of modulation changes sign"),
@@ -146,7 +153,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
 BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools import native; "
          "native.build(Path('ada2i_fast/lib').resolve(), Path('build/native').resolve())"]
 BACKENDS = {
-    "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
+    "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/ops/test_afw_layer.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
                      "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
     "cpu": (BUILD, [*PYTEST, "tests/ops/test_cosine_fusion.py", "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),

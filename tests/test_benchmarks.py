@@ -63,14 +63,14 @@ def test_the_report_shows_peak_memory_and_the_profile(tmp_path):
         dict(group="model / tiny", implementation=name, peak_bytes=bytes_, of_textbook=bytes_ / 2 ** 22)
         for name, bytes_ in (("textbook", 2 ** 22), ("cpu", 2 ** 20))])
     rows = [dict(case="model / tiny", shape="tiny", dtype="float32", implementation=name, rounds=3, step_seconds=0.8 * whole,
-                 watched_seconds=whole, parts={"tensor ring": 0.25 * whole, "everything else": 0.75 * whole}, floors={"tensor ring": 1e-3},
+                 watched_seconds=whole, parts={"feature weighting": 0.25 * whole, "everything else": 0.75 * whole}, floors={"feature weighting": 1e-3},
                  matrix_rate=1e11, bandwidth=1e10) for name, whole in (("cpu", 0.01), ("textbook", 0.1))]
     report.write(folder / "profile.json", {"kind": "profile", "datetime": "2026-01-01", "environment": environment, "preparation": [
         dict(shape="tiny", conversations=5, utterances=50, steps=2, seconds=1.0, outside_seconds=0.002, outside_share=0.002)]}, rows)
     assert report.main(["--results", str(tmp_path)]) == 0
     page, performance = ((tmp_path / name).read_text() for name in ("README.md", "performance.md"))
     assert "| model / tiny | cpu | 1 MiB | 25% |" in page and "Limited by `ATEN_CPU_CAPABILITY=avx2`." in page
-    assert "| tensor ring | 1 ms | 2.5 ms | 25.0% | 40% | 25 ms | 25.0% | 4% |" in performance
+    assert "| feature weighting | 1 ms | 2.5 ms | 25.0% | 40% | 25 ms | 25.0% | 4% |" in performance
     assert "| everything else | – | 7.5 ms | 75.0% | – | 75 ms | 75.0% | – |" in performance
     assert "10.00 times as fast as the textbook" in performance and "| tiny | 5 | 50 | 2 | 1 s | 2 ms | 0.20% |" in performance
 

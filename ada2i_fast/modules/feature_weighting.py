@@ -24,9 +24,15 @@ class _Linear(nn.Module):
         return self._modules["lin"]
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """Straight from where nn.Module keeps it, if it is there: with small batches a search for all attributes takes as long as arithmetic."""
+    own = module._parameters.get(name)
+    return getattr(module, name) if own is None else own
+
+
 def _parameters(maps: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases. Straight from where nn.Module keeps them, where they are: its attribute lookup is most of a small batch's time."""
-    return tuple([getattr(m, name) if (own := m._parameters.get(name)) is None else own for m in maps] for name in ("weight", "bias"))
+    """Weights and biases."""
+    return [_parameter(m, "weight") for m in maps], [_parameter(m, "bias") for m in maps]
 
 
 class _TensorRing(nn.Module):
@@ -114,7 +120,7 @@ class FeatureWeighting(nn.Module):
         feature_loss = None
         dropout = self.dropout if self.training else 0.0
         for layer in self.layers:
-            parameters = (*layer.attention.projections(), *layer.attention.maps(), *_parameters(layer.wmn.fc))
+            parameters = (*layer.attention.projections(), *layer.attention.maps(), *_parameters(list(layer.wmn.fc)))
             # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
             seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
             x, loss = afw_layer(
