@@ -50,24 +50,41 @@ template <class S> static int relu_dropout_forward(const DropoutFused* args) {
 // What was dropped or cut off is 0 in the output, so the output is the mask.
 template <class S> static int relu_dropout_backward(const DropoutFused* args) {
   constexpr int lanes = Lanes<float>::count;
-  const int64_t rows = args->rows, width = args->width, panels = (width + kPanel - 1) / kPanel;
+  const int64_t rows = args->rows, width = args->width, padded = round_up(width, lanes), blocks = (rows + kRowBlock - 1) / kRowBlock;
   const S *grad_out = (const S*)args->tensors[0], *out = (const S*)args->tensors[1];
   S* grad_x = (S*)args->tensors[2];
   float* grad_bias = (float*)args->tensors[3];
   const float kept = float(1.0 / (1.0 - args->dropout));
-#pragma omp parallel for num_threads(useful_threads(args->threads, rows * width * 2)) schedule(static)
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t first = panel * kPanel, last = smaller(first + kPanel, width);
-    Vector<float> total[kPanel / lanes] = {};
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t d = first; d < last; d += lanes) {
-        const int64_t left = width - d;
-        auto g = load(grad_out + n * width + d, left) * kept;
-        g = load(out + n * width + d, left) > 0 ? g : Vector<float>{};
-        total[(d - first) / lanes] += g;
-        store(grad_x + n * width + d, g, left);
+  const int threads = useful_threads(args->threads, rows * width * 2);
+  Scratch<float> partial(padded, blocks);
+  if (!partial.ok()) return 1;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      float* to_bias = partial.of(block);
+      const int64_t first = block * kRowBlock, last = smaller(first + kRowBlock, rows);
+      for (int64_t panel = 0; panel < width; panel += kPanel) {
+        Vector<float> total[kPanel / lanes] = {};
+        for (int64_t n = first; n < last; ++n)
+#pragma GCC unroll 16
+          for (int v = 0; v < kPanel / lanes; ++v) {
+            const int64_t at = n * width + panel + v * lanes, left = width - panel - v * lanes;
+            if (left <= 0) break;
+            auto g = load(grad_out + at, left) * kept;
+            g = load(out + at, left) > 0 ? g : Vector<float>{};
+            total[v] += g;
+            store(grad_x + at, g, left);
+          }
+        for (int v = 0; v < kPanel / lanes && panel + v * lanes < width; ++v) store(to_bias + panel + v * lanes, total[v]);
       }
-    for (int64_t d = first; d < last; d += lanes) store(grad_bias + d, total[(d - first) / lanes], width - d);
+    }
+#pragma omp for schedule(static)
+    for (int64_t d = 0; d < width; d += lanes) {
+      Vector<float> total = {};
+      for (int64_t block = 0; block < blocks; ++block) total += load(partial.of(block) + d);
+      store(grad_bias + d, total, width - d);
+    }
   }
   return 0;
 }
