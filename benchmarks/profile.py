@@ -41,7 +41,7 @@ MEASURE, UPDATE, CASTS, REST = "optimiser: norm and spread", "optimiser: update"
 PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, AFW, FUSION, MEASURE, UPDATE, CASTS, REST)
 
 # By the beginning of the registered op's name; an op that is not here is a part of its own.
-OPS = {"tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
+OPS = {"linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
        "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}

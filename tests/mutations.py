@@ -43,6 +43,7 @@ class Mutant:
 RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
 CPU_ATTENTION = "csrc/cpu/dialogue_attention.inl"
+CPU_LINEAR = "csrc/cpu/linear.inl"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
@@ -96,6 +97,23 @@ MUTANTS = [
            "store(g + d, load(g + d, n) * factor - noise * to_gradient, n);", "the noise of modulation changes sign"),
     Mutant("cpu", "scale", "csrc/cpu/balanced_adam.inl", "auto gradient = load(g + d, n) * factor + noise * to_gradient;",
            "auto gradient = load(g + d, n) + noise * to_gradient;", "Adam sees the gradient without clipping and modulation"),
+    Mutant("cpu", "mask", "csrc/cpu/dropout.inl", "g = load(out + at, left) > 0 ? g : Vector<float>{};", "", "gradients pass where ReLU or dropout cut off"),
+    Mutant("cpu", "bound", "csrc/cpu/dropout.inl", "last = smaller(first + kRowBlock, rows);", "last = smaller(first + kRowBlock, rows - 1);",
+           "the last row of a batch has no gradient"),
+    Mutant("cpu", "index", "csrc/cpu/dropout.inl", "total += load(partial.of(block) + d);", "total += load(partial.data + d);",
+           "the first block of rows stands for all in the bias"),
+    Mutant("cpu", "bound", CPU_LINEAR, "round_up(rows / passes + 1, kBlock)", "round_up(rows / passes + 1, kBlock) - kBlock", "a batch of few rows has none"),
+    Mutant("cpu", "index", CPU_LINEAR, "const S* row = x + (start + r) * n;", "const S* row = x + r * n;", "every pass sums the inputs of the first"),
+    Mutant("cpu", "index", CPU_LINEAR, "const S* row = grad_out + (start + r) * m + first;", "const S* row = grad_out + r * m + first;",
+           "every pass sums the gradients of the first"),
+    Mutant("cpu", "bound", CPU_LINEAR, "const S* next = r + 1 < k ? row + m : nullptr;", "const S* next = row + m;", "a pair of rows reaches beyond the last"),
+    Mutant("cpu", "bound", CPU_LINEAR, "there > 0 ? there : 0", "kRows", "strips run beyond the outputs"),
+    Mutant("cpu", "bound", CPU_LINEAR, "if (n - column > lanes)", "if (n - column > columns)", "the last panel is half as wide"),
+    Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? value + load(to, n - column - v) : value", "value", "the last pass stands for all"),
+    Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? bias[s][i / lanes] + load(to, there) : bias[s][i / lanes]", "bias[s][i / lanes]",
+           "the last pass stands for all in the bias"),
+    Mutant("cpu", "scale", CPU_LINEAR, "multiply_add(bias[s][i / lanes], Step<E>::one, step)", "multiply_add(bias[s][i / lanes], typename Step<E>::type(0), step)",
+           "the bias has no gradient"),
     # ---- cosine_fusion
     Mutant("torch", "index", FUSION, "ratio = scores / scores.min()", "ratio = scores / scores.max()", "the ratio to the strongest modality"),
     Mutant("torch", "scale", FUSION, 'amw, cosine_norm, scale, "linear")[0]', 'amw, cosine_norm, 1.0, "linear")[0]', "no scale under create_graph"),
@@ -155,7 +173,8 @@ BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools impor
 BACKENDS = {
     "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/ops/test_afw_layer.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
                      "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
-    "cpu": (BUILD, [*PYTEST, "tests/ops/test_cosine_fusion.py", "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
+    "cpu": (BUILD, [*PYTEST, "tests/ops/test_cosine_fusion.py", "tests/ops/test_linear.py", "tests/ops/test_dropout_fused.py",
+                    "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
 }
 NAMES = (*BACKENDS, "triton")

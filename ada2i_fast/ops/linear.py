@@ -5,12 +5,14 @@
 
 On a CPU torch sends float32 products to MKL, and has oneDNN too. Which is faster depends on the processor, so each product (forward,
 g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and the winner kept.
-ADA2I_FAST_LINEAR = "mkl" | "onednn" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails, "auto"
-stays with MKL.
+ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails,
+"auto" stays with MKL.
 
 Under autocast to bfloat16 or float16 the products run in that dtype through torch, which has oneDNN for them. x and W are rounded once
 per call and the rounded ones kept for backward, so a weight is cast once per step; g_W and g_b come out in the parameters' dtype, g_x in
-that of x. Everything else (other dtypes and devices, tracing) is `F.linear`.
+that of x. torch rounds g_W to the 16 bits and widens it; this package's own product (csrc/cpu/linear.inl) writes g_W in float32, with g_b
+from the same pass, as summed in float32. "auto" times the two as above, "native" takes its own, with any other name torch has them all;
+in float32 "native" is "auto". Everything else (other dtypes and devices, tracing) is `F.linear`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backends
+from .. import backends, cpu
 
 __all__ = ["linear"]
 
@@ -32,10 +34,13 @@ __all__ = ["linear"]
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
-LIBRARIES = ("mkl", "onednn", "auto")
+LIBRARIES = ("mkl", "onednn", "native", "auto")
 _SMALL = 1 << 19                 # multiply-adds below which the choice does not matter
 
-_chosen: dict[tuple, str] = {}   # (product, rows as a power of two, inputs, outputs, threads) -> library
+_chosen: dict[tuple, str] = {}   # (product, rows as a power of two, inputs, outputs, threads, ..) -> library
+
+_ops = torch.library.Library("ada2i_fast", "FRAGMENT")
+_ops.define("linear_backward(Tensor grad_out, Tensor x, bool bias) -> Tensor[]")
 
 
 @functools.cache
@@ -64,19 +69,35 @@ def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
 _RUN: dict[str, Callable[..., Tensor]] = {"mkl": _mkl, "onednn": _onednn}
 
 
+def _backward(grad_out: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
+    """g_W, float32 [L, K], and with `bias` g_b, float32 [L]. grad_out: [N, L]; x: [N, K] in the same dtype, at most 32 bits."""
+    return backends.module("linear", "cpu").backward(grad_out, x, bias)
+
+
+_ops.impl("linear_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("ada2i_fast::linear_backward")
+def _(grad_out, x, bias):
+    outputs, inputs = grad_out.shape[1], x.shape[1]
+    return [x.new_empty(outputs, inputs, dtype=torch.float32)] + [x.new_empty(outputs, dtype=torch.float32)] * bias
+
+
 def _library() -> str:
     name = os.environ.get("ADA2I_FAST_LINEAR") or "auto"
     if name not in LIBRARIES:
         raise ValueError(f"ADA2I_FAST_LINEAR: expected one of {', '.join(LIBRARIES)}, got {name!r}")
     if name == "onednn" and (reason := why_no_onednn()):
         raise RuntimeError(f"ADA2I_FAST_LINEAR=onednn: {reason}")
+    if name == "native" and (reason := cpu.why_not()):
+        raise RuntimeError(f"ADA2I_FAST_LINEAR=native: {reason}")
     return name
 
 
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
     library = _library() if x.dtype == torch.float32 else "mkl"
-    if library == "auto":
+    if library in ("auto", "native"):
         (rows, inputs), outputs = x.shape, weight.shape[0]
         if rows * inputs * outputs < _SMALL or why_no_onednn():
             library = "mkl"
@@ -87,22 +108,44 @@ def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, r
             key = (kind, rows.bit_length(), inputs, outputs, torch.get_num_threads())
             library = _chosen.get(key)
             if library is None:
-                library = _chosen[key] = _measure(x, weight, bias, relu)
+                library = _chosen[key] = _measure(_RUN, x, weight, bias, relu)
     if library == "onednn":
         x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
     return _RUN[library](x, weight, bias, relu)
 
 
-def _measure(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> str:
+def _measure(runs: dict[str, Callable], *arguments) -> str:
     """The faster one, by the best of three alternating runs."""
     best = {}
     for turn in range(4):
-        for name, run in _RUN.items():
+        for name, run in runs.items():
             start = time.perf_counter()
-            run(x, weight, bias, relu)
+            run(*arguments)
             if turn:                                            # the first run sets up the library
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
     return min(best, key=best.__getitem__)
+
+
+def _parameters_torch(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
+    found = [_product("weight", grad.t(), x.t()).float()]
+    return found + [grad.sum(0, dtype=torch.float32)] if bias else found
+
+
+_PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torch, "native": torch.ops.ada2i_fast.linear_backward}
+
+
+def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
+    """g_W and, with `bias`, g_b, in float32; of 16-bit ones by the faster way at this size, as `_product`."""
+    library = _library()
+    name = "torch"
+    if library in ("auto", "native") and grad.dtype != torch.float32 and backends.best("linear", "cpu", grad.dtype, x.shape[1]) == "cpu":
+        (rows, inputs), outputs, name = x.shape, grad.shape[1], "native"
+        if library == "auto" and rows * inputs * outputs >= _SMALL:
+            key = ("parameters", rows.bit_length(), inputs, outputs, torch.get_num_threads(), grad.dtype, bias)
+            name = _chosen.get(key)
+            if name is None:
+                name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias)
+    return _PARAMETERS[name](grad, x, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -124,11 +167,14 @@ class _Linear(torch.autograd.Function):
             grad = grad * (y > 0)
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():                         # create_graph=True: expressions with derivatives of their own
-                products = (lambda: grad @ weight.to(grad.dtype), lambda: grad.t() @ x.to(grad.dtype))
-            else:
-                products = (lambda: _product("input", grad, rounded_weight.t()), lambda: _product("weight", grad.t(), rounded_x.t()))
-            return (products[0]().to(x.dtype) if needs_x else None, products[1]().to(weight.dtype) if needs_weight else None,
-                    grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None)
+                grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+                grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
+                return grad_x, grad_weight, grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None
+            grad_x = _product("input", grad, rounded_weight.t()).to(x.dtype) if needs_x else None
+            if not needs_weight:
+                return grad_x, None, grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None
+            grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)
+            return grad_x, grad_weight.to(weight.dtype), grad_bias[0].to(ctx.bias_dtype) if needs_bias else None, None, None
 
 
 def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -57,6 +57,13 @@ struct DropoutFused {
   void* const* tensors;
 };
 
+// The gradients of y = x W^T + b. x [rows, inputs] and grad_out [rows, outputs] are of the storage type, the gradients of the parameters float.
+struct Linear {
+  int64_t dtype, threads, rows, inputs, outputs;
+  //   backward  grad_out x | grad_weight grad_bias(null: none)
+  void* const* tensors;
+};
+
 // All of the storage type but logsum, float [N][heads][2]: of a row's scores the maximum m, and log sum exp(S - m).
 struct DialogueAttention {
   int64_t dtype, threads, heads, width, dialogues, stream;
@@ -99,6 +106,7 @@ struct Ada2iTier {
   int (*dropout_norm_backward[ADA2I_DTYPES])(const DropoutFused*);
   int (*dialogue_attention_forward[ADA2I_DTYPES])(const DialogueAttention*);
   int (*dialogue_attention_backward[ADA2I_DTYPES])(const DialogueAttention*);
+  int (*linear_backward[ADA2I_DTYPES])(const Linear*);
   int (*balanced_adam_measure)(const BalancedAdam*);
   int (*balanced_adam_update)(const BalancedAdam*);
   int (*balanced_adam_modulate)(const BalancedAdam*);

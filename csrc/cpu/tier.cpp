@@ -18,6 +18,7 @@ namespace {
 #include "attention_mapping.inl"
 #include "tensor_ring.inl"
 #include "dropout.inl"
+#include "linear.inl"
 #include "balanced_adam.inl"
 #include "dialogue_attention.inl"
 #include "cosine_fusion.inl"
@@ -34,6 +35,6 @@ const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_f
                         ADA2I_UP_TO_FLOAT(relu_dropout_forward), ADA2I_UP_TO_FLOAT(relu_dropout_backward),
                         ADA2I_UP_TO_FLOAT(dropout_norm_forward), ADA2I_UP_TO_FLOAT(dropout_norm_backward),
                         ADA2I_UP_TO_FLOAT(dialogue_attention_forward), ADA2I_UP_TO_FLOAT(dialogue_attention_backward),
-                        balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,
+                        ADA2I_UP_TO_FLOAT(linear_backward), balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,
                         balanced_adam_noise};
 }  // namespace ADA2I_TIER

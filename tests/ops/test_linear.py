@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from afw_cases import assert_same_bits_with_threads, guarded, poisoned
+from ada2i_fast import cpu
 from ada2i_fast.ops import linear
 
 op = importlib.import_module("ada2i_fast.ops.linear")      # the package's attribute of this name is the function
@@ -101,7 +103,7 @@ def test_chooses_once_per_shape_class(monkeypatch):
     monkeypatch.setattr(op, "_SMALL", 0)
     monkeypatch.setattr(op, "_chosen", {})
     asked = []
-    monkeypatch.setattr(op, "_measure", lambda *a: (asked.append(a[0].shape), "mkl")[1])
+    monkeypatch.setattr(op, "_measure", lambda runs, *a: (asked.append(a[0].shape), "mkl")[1])
     x, w, b, grad = case(40, 24, 16)
     run(linear, x, w, b, grad)
     assert [tuple(s) for s in asked] == ([(40, 24), (40, 16), (16, 40)] if op.why_no_onednn() is None else [])
@@ -121,7 +123,7 @@ def test_missing_onednn(monkeypatch):
     with pytest.raises(RuntimeError, match="ADA2I_FAST_LINEAR=onednn: gone"):
         linear(x, w, b)
     monkeypatch.setenv("ADA2I_FAST_LINEAR", "cublas")
-    with pytest.raises(ValueError, match="expected one of mkl, onednn, auto, got 'cublas'"):
+    with pytest.raises(ValueError, match="expected one of mkl, onednn, native, auto, got 'cublas'"):
         linear(x, w, b)
 
 
@@ -154,6 +156,152 @@ def test_gradients_that_are_not_needed():
     linear(x, w, b).backward(grad)
     assert x.grad is None and b.grad is None and w.grad is not None
     assert not linear(x, w.detach(), b).requires_grad
+
+
+# ------------------------------------------------------------------------------------- the parameters' gradients in float32
+
+needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+SIXTEEN = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
+def tier(request):
+    before = cpu.tier()
+    cpu.set_tier(request.param)
+    yield request.param
+    cpu.set_tier(before)
+
+
+def gradients(rows, inputs, outputs, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, outputs, generator=g).to(dtype), torch.randn(rows, inputs, generator=g).to(dtype)
+
+
+def native(grad, x, bias=True):
+    return torch.ops.ada2i_fast.linear_backward(grad, x, bias)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (1, 7, 5), (3, 1, 12), (131, 257, 65), (500, 33, 300), (96, 31, 130), (641, 16, 13), (1500, 100, 25)])
+def test_parameters_against_float64(tier, sizes, dtype, monkeypatch):
+    """The inputs are exact in float32, so the error is that of a float32 sum: at most twice torch's own on the widened inputs, or some roundings
+    of the largest element, as many as a sum in order of the rows may have more than one in blocks. Every element is written, and nothing beside."""
+    grad, x = gradients(*sizes, dtype)
+    exact = [grad.double().t() @ x.double(), grad.double().sum(0)]
+    usual = [grad.float().t() @ x.float(), grad.float().sum(0)]
+    (grad, around), (x, beside) = guarded(grad), guarded(x)
+    before = around.clone(), beside.clone()
+    poisoned(monkeypatch)
+    found = native(grad, x)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, (around, beside)))
+    for got, u, e in zip(found, usual, exact, strict=True):
+        assert got.dtype == torch.float32 and got.shape == e.shape
+        floor = (4 + sizes[0] ** 0.5) * 2.0 ** -24 * e.abs().max()
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + floor
+    assert torch.equal(native(grad, x, False)[0], found[0]) and len(native(grad, x, False)) == 1
+
+
+@needs_native
+def test_parameters_are_more_exact_than_those_torch_rounds():
+    grad, x = gradients(500, 300, 200, torch.bfloat16)
+    exact = grad.double().t() @ x.double()
+    torch_error, own = ((t - exact).norm() / exact.norm() for t in ((grad.t() @ x).double(), native(grad, x)[0].double()))
+    assert own < 1e-5 < 1e-3 < torch_error
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_parameters_have_the_same_bits_with_all_threads(tier, dtype):
+    grad, x = gradients(700, 150, 330, dtype)
+    assert_same_bits_with_threads(lambda: native(grad, x), (1, 2, 3, 1))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_parameters_of_strided_and_empty_tensors(tier, dtype):
+    grad, x = gradients(40, 24, 16, dtype)
+    expected = native(grad, x)
+    for view in (lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :t.shape[1]], lambda t: torch.stack([t, t], 2)[:, :, 1]):
+        assert all(torch.equal(a, b) for a, b in zip(native(view(grad), view(x)), expected))
+    for rows, outputs, inputs in ((0, 16, 24), (40, 0, 24), (40, 16, 0), (0, 0, 0)):
+        weight, bias = native(grad[:rows, :outputs], x[:rows, :inputs])
+        assert weight.shape == (outputs, inputs) and bias.shape == (outputs,) and not weight.any()
+        assert torch.equal(bias, expected[1][:outputs] if rows else torch.zeros(outputs))
+
+
+@needs_native
+def test_parameters_that_are_not_numbers():
+    grad, x = gradients(30, 20, 10, torch.bfloat16)
+    grad[4, 3] = float("nan")
+    grad[5, 7] = float("inf")
+    weight, bias = native(grad, x)
+    assert weight[3].isnan().all() and bias[3].isnan() and bias[7] == float("inf") and torch.equal(weight[7], x[5].float() * float("inf"))
+    others = [i for i in range(10) if i not in (3, 7)]
+    assert weight[others].isfinite().all() and bias[others].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_parameters_opcheck(dtype):
+    for bias in (True, False):
+        torch.library.opcheck(torch.ops.ada2i_fast.linear_backward, (*gradients(6, 5, 4, dtype), bias), test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("name", op.LIBRARIES)
+def test_who_computes_the_parameters_gradients(name, dtype, monkeypatch):
+    """By name, or the winner of one measurement per shape class; the same results but for the roundings of torch's."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", name)
+    monkeypatch.setattr(op, "_SMALL", 0)
+    monkeypatch.setattr(op, "_chosen", {})
+    used, measured = [], []
+    runs = {key: (lambda key, run: lambda *a: (used.append(key), run(*a))[1])(key, run) for key, run in op._PARAMETERS.items()}
+    monkeypatch.setattr(op, "_PARAMETERS", runs)
+    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append([*runs]), [*runs][-1])[1])
+    x, w, b, grad = case(40, 24, 16)
+
+    def under(*tensors, **options):
+        with torch.autocast("cpu", dtype):
+            return linear(*tensors, **options)
+
+    for rows in (40, 33):
+        run(under, x[:rows], w, b, grad[:rows].to(dtype))
+    assert used == (["torch"] * 2 if name in ("mkl", "onednn") else ["native"] * 2)
+    assert [names for names in measured if "native" in names] == ([["torch", "native"]] if name == "auto" else [])
+    used.clear()
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
+    run(under, x, w, b, grad.to(dtype))
+    assert used == ["torch"]
+    monkeypatch.delenv("ADA2I_FAST_BACKEND")
+    used.clear()
+    run(linear, x, w, b, grad)
+    assert used == ["torch"]
+
+
+@needs_native
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_parameters_keep_their_types(kinds, monkeypatch):
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "native")
+    x, w, b, grad = case()
+    w, b = w.to(kinds[0]).requires_grad_(), b.to(kinds[1]).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, w, b)
+    y.backward(grad.bfloat16())
+    assert (w.grad.dtype, b.grad.dtype) == kinds
+    b.grad = None
+    w.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x, w, b).backward(grad.bfloat16())
+    assert b.grad.dtype == kinds[1]
+
+
+def test_missing_native(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not", lambda: "not built")
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "native")
+    with pytest.raises(RuntimeError, match="ADA2I_FAST_LINEAR=native: not built"):
+        linear(*case()[:3])
 
 
 @pytest.mark.parametrize("given,expected", [(None, "16384"), ("77", "77")])
