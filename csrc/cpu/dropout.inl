@@ -90,19 +90,19 @@ template <class S> static int relu_dropout_backward(const DropoutFused* args) {
 }
 
 // s = residual + dropout(x + bias) of row n into `row`, which has room for whole vectors; lanes past the width are 0. Returns its sum.
-template <class S> INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row) {
+// The row's random words stay in `words`, round_up(width, kWords) of them.
+template <class S> INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row, uint32_t* words) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t width = args->width;
   const S* x = (const S*)args->tensors[0] + n * width;
   const float *bias = (const float*)args->tensors[1], *residual = (const float*)args->tensors[2] + n * width;
   Vector<float> total = {};
-  uint32_t words[kWords];
   for (int64_t d = 0; d < width; d += kWords) {
-    if (mask.used) philox(mask.seed, n, mask.stream, d, words);
+    if (mask.used) philox(mask.seed, n, mask.stream, d, words + d);
     for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
       const int64_t at = d + v, left = width - at;
       auto value = load(x + at, left) + load(bias + at, left);
-      if (mask.used) value = keep(value, words + v, mask.threshold, mask.kept);
+      if (mask.used) value = keep(value, words + at, mask.threshold, mask.kept);
       value += load(residual + at, left);
       total += value;
       store(row + at, value);
@@ -120,11 +120,12 @@ template <class S> static int dropout_norm_forward(const DropoutFused* args) {
   const Mask mask(args);
   const int threads = useful_threads(args->threads, rows * width * 8);
   Scratch<float> scratch(round_up(width, kWords), threads);
-  if (!scratch.ok()) return 1;
+  Scratch<uint32_t> words(round_up(width, kWords), threads);
+  if (!scratch.ok() || !words.ok()) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     float* row = scratch.of(omp_get_thread_num());
-    const float mean = residual_row<S>(args, mask, n, row) / float(width);
+    const float mean = residual_row<S>(args, mask, n, row, words.of(omp_get_thread_num())) / float(width);
     Vector<float> total = {};
     for (int64_t d = 0; d < width; d += lanes) {
       auto value = load(row + d, width - d) - mean;
@@ -152,16 +153,18 @@ template <class S> static int dropout_norm_backward(const DropoutFused* args) {
   const Mask mask(args);
   const int threads = useful_threads(args->threads, rows * width * 12);
   Scratch<float> scratch(padded, threads), partial(3 * padded, blocks);
-  if (!scratch.ok() || !partial.ok()) return 1;
+  Scratch<uint32_t> drawn(padded, threads);
+  if (!scratch.ok() || !partial.ok() || !drawn.ok()) return 1;
 #pragma omp parallel num_threads(threads)
   {
     float* row = scratch.of(omp_get_thread_num());
+    uint32_t* words = drawn.of(omp_get_thread_num());
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       float *to_bias = partial.data + block * partial.each, *to_weight = to_bias + padded, *to_shift = to_weight + padded;
       __builtin_memset(to_bias, 0, size_t(3 * padded) * sizeof(float));
       for (int64_t n = block * kRowBlock; n < smaller((block + 1) * kRowBlock, rows); ++n) {
-        residual_row<S>(args, mask, n, row);
+        residual_row<S>(args, mask, n, row, words);
         const float mean = means[n], rstd = rstds[n];
         const float* g_row = grad_out + n * width;
         Vector<float> first = {}, second = {};
@@ -175,17 +178,13 @@ template <class S> static int dropout_norm_backward(const DropoutFused* args) {
           second += g * normed;
         }
         const float a = lane_sum(first) / float(width), c = lane_sum(second) / float(width);
-        uint32_t words[kWords];
-        for (int64_t d = 0; d < width; d += kWords) {
-          if (mask.used) philox(mask.seed, n, mask.stream, d, words);
-          for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
-            const int64_t at = d + v, left = width - at;
-            auto g = rstd * (load(g_row + at, left) * load(weight + at, left) - a - load(row + at) * c);
-            store(grad_residual + n * width + at, g, left);
-            if (mask.used) g = keep(g, words + v, mask.threshold, mask.kept);
-            store(grad_x + n * width + at, g, left);
-            store(to_bias + at, load(to_bias + at) + g);
-          }
+        for (int64_t d = 0; d < width; d += lanes) {
+          const int64_t left = width - d;
+          auto g = rstd * (load(g_row + d, left) * load(weight + d, left) - a - load(row + d) * c);
+          store(grad_residual + n * width + d, g, left);
+          if (mask.used) g = keep(g, words + d, mask.threshold, mask.kept);
+          store(grad_x + n * width + d, g, left);
+          store(to_bias + d, load(to_bias + d) + g);
         }
       }
     }
