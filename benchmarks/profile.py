@@ -41,8 +41,9 @@ MEASURE, UPDATE, CASTS, REST = "optimiser: norm and spread", "optimiser: update"
 PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, AFW, FUSION, MEASURE, UPDATE, CASTS, REST)
 
 # By the beginning of the registered op's name; an op that is not here is a part of its own.
-OPS = {"linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM,
-       "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
+OPS = {"linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU,
+       "dropout_norm": NORM, "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE,
+       "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
 NORMS = ("aten::_foreach_norm", "aten::linalg_vector_norm", "aten::std", "aten::mean")
@@ -115,6 +116,8 @@ def ancestors(event):
 
 def product(event, case: Case) -> str | None:
     """Which of the encoders' matrix products this is, or None."""
+    if event.name == "ada2i_fast::linear_backward":
+        return WEIGHT
     if event.name not in PRODUCTS or not event.input_shapes:
         return None
     first, transposed = PRODUCTS[event.name]
