@@ -134,7 +134,8 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
             store(grad_x + i * D + column + v, factor * load(c + i * kColumns<T> + v), columns - v);
       });
     }
-    weight_gradients(gradients.data, int(M), rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
+    for (int64_t start = 0; start == 0 || start < rows; start += kChunk)
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
   }
   return 0;
 }

@@ -177,8 +177,8 @@ constexpr int kGroup = 48 / kRows; // strips of kRows columns that one job packs
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
 template <class S> struct WeightGradient {
-  const Operand<S>* left;  // or, where it is null,
-  const int8_t* signs;
+  const Operand<S>* left;  // of this pass alone; or, where it is null,
+  const int8_t* signs;     // of all rows
   const S* rows;           // the right operand [rows, n], or null where make_row makes it
   int64_t m, n;
   S *weight, *bias;
@@ -192,12 +192,13 @@ template <class S> struct WeightGradient {
 constexpr int64_t kStrip = kRows * kChunk + 64;
 constexpr int64_t kStrips = kGroup * kStrip;
 
-// Called by all threads of a parallel region. The rows are summed in their order, whatever the number of threads: threads divide the
-// rows of the result. make_row(p, row, out) writes row `row` of the right operand of gradient p.
-// strips: kStrips of E; row_scratch: two rows of n numbers, and a vector.
+// One pass: adds kChunk rows from `start` on, or those that are left. Called by all threads of a parallel region, pass after pass, and once
+// where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
+// make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; row_scratch: two rows of n numbers,
+// and a vector.
 template <class S, class F>
-static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t rows, Operand<S>* strips, Compute<S>* row_scratch,
-                             int64_t row_size, F make_row) {
+static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t start, int64_t rows, Operand<S>* strips,
+                             Compute<S>* row_scratch, int64_t row_size, F make_row) {
   using E = Operand<S>;
   using T = Compute<S>;
   using U = typename Step<E>::type;
@@ -205,70 +206,68 @@ static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t ro
   int64_t groups = 0;
   for (int p = 0; p < count; ++p) groups += (gradients[p].m + group - 1) / group;
 
-  for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
-    const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
+  const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < count * blocks; ++job) {
-      const int p = int(job / blocks);
-      const WeightGradient<S> g = gradients[p];       // a copy: stores might change the original, for all the compiler knows
-      if (g.packed) continue;
-      for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
-        const bool both = per == 2 && r + 1 < k;
-        if (g.rows) {
-          const S* row = g.rows + (start + r) * g.n;
-          pack_right(g.right, r, k, g.n, row, both ? row + g.n : nullptr, true);
-        } else {
-          make_row(p, start + r, row_scratch);
-          if (both) make_row(p, start + r + 1, row_scratch + row_size);
-          pack_right(g.right, r, k, g.n, (const T*)row_scratch, both ? (const T*)row_scratch + row_size : nullptr, true);
-        }
+  for (int64_t job = 0; job < count * blocks; ++job) {
+    const int p = int(job / blocks);
+    const WeightGradient<S> g = gradients[p];       // a copy: stores might change the original, for all the compiler knows
+    if (g.packed) continue;
+    for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
+      const bool both = per == 2 && r + 1 < k;
+      if (g.rows) {
+        const S* row = g.rows + (start + r) * g.n;
+        pack_right(g.right, r, k, g.n, row, both ? row + g.n : nullptr, true);
+      } else {
+        make_row(p, start + r, row_scratch);
+        if (both) make_row(p, start + r + 1, row_scratch + row_size);
+        pack_right(g.right, r, k, g.n, (const T*)row_scratch, both ? (const T*)row_scratch + row_size : nullptr, true);
       }
     }
+  }
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < groups; ++job) {
-      int p = 0;
-      int64_t place = job;
-      for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
-      const WeightGradient<S> g = gradients[p];
-      const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
-      const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
-      auto pack = [&](auto* left) __attribute__((always_inline)) {
-        for (int64_t r = 0; r < k; r += per) {
-          auto* row = left + (start + r) * g.m + first;
-          auto* next = r + 1 < k ? row + g.m : nullptr;
-          for (int s = 0; s < used; ++s)
-            for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
-              auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
-              __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
-            }
-        }
-      };
-      if (g.left) pack(g.left);
-      else pack(g.signs);
-      for (int s = 0; s < used; ++s) {
-        const int64_t d = first + s * kRows, height = smaller(kRows, g.m - d);
-        multiply<Columns>(strips + s * kStrip, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
-          const bool last = start + k == rows;
-          for (int i = 0; i < height; ++i)
-            for (int64_t v = 0; v < columns; v += lanes) {
-              T* total = g.total + (d + i) * stride + column + v;
-              auto value = load(c + i * kColumns<T> + v);
-              if (start > 0) value += load(total);
-              if (!last) {
-                store(total, value);
-                continue;
-              }
-              value *= g.scale;
-              const int64_t left_of_bias = g.n - column - v;
-              store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
-              if (left_of_bias < lanes) {
-                T part[lanes];
-                store(part, value);
-                store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
-              }
-            }
-        });
+  for (int64_t job = 0; job < groups; ++job) {
+    int p = 0;
+    int64_t place = job;
+    for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
+    const WeightGradient<S> g = gradients[p];
+    const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
+    const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
+    auto pack = [&](auto* left) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < k; r += per) {
+        auto* row = left + r * g.m + first;
+        auto* next = r + 1 < k ? row + g.m : nullptr;
+        for (int s = 0; s < used; ++s)
+          for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
+            auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
+            __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
+          }
       }
+    };
+    if (g.left) pack(g.left);
+    else pack(g.signs + start * g.m);
+    for (int s = 0; s < used; ++s) {
+      const int64_t d = first + s * kRows, height = smaller(kRows, g.m - d);
+      multiply<Columns>(strips + s * kStrip, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
+        const bool last = start + k == rows;
+        for (int i = 0; i < height; ++i)
+          for (int64_t v = 0; v < columns; v += lanes) {
+            T* total = g.total + (d + i) * stride + column + v;
+            auto value = load(c + i * kColumns<T> + v);
+            if (start > 0) value += load(total);
+            if (!last) {
+              store(total, value);
+              continue;
+            }
+            value *= g.scale;
+            const int64_t left_of_bias = g.n - column - v;
+            store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
+            if (left_of_bias < lanes) {
+              T part[lanes];
+              store(part, value);
+              store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
+            }
+          }
+      });
     }
   }
 }

@@ -304,7 +304,8 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
   const int threads = useful_threads(args->threads, work);
   const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
   Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips ? left_most : kStrips, threads);
-  Scratch<E> gradient(rows * columns_of_all);                  // g_att [N, D], then that of the projections [N, 4R], per modality
+  // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
+  Scratch<E> gradient(smaller(rows, kChunk) * columns_of_all);
   Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kRows * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
@@ -328,7 +329,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     right_at += right_size<E>(4 * R, D);
     auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias) {
       gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (S*)weight, (S*)bias, T(1), chunk_at, false, total_at};
-      gradient_at += rows * m;
+      gradient_at += smaller(rows, kChunk) * m;
       chunk_at += right_size<E>(kChunk, n + 1);
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
     };
@@ -372,60 +373,71 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     }
 
     // g_att and the direct part of g_x, with the loss's; then S = g_att W, contracted with w and u while it is in cache
+    for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
+      const int64_t here = smaller(kChunk, rows - start), passed = (here + kRows - 1) / kRows;
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
-      const S* x = (const S*)t[j] + first * D;
-      const S* attention = (const S*)t[ATTENTION * M + j] + first * D;
-      const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
-      const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
-      const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
-      const T factor = mapping ? gradients.data[2 * M + j].scale : T(0);
-      S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
-      E* g_att = (E*)gradients.data[j].left + first * D;
-      if (mapping) {
-        for (int i = 0; i < kRows; ++i)
-          pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
-        multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
+      for (int64_t job = 0; job < M * passed; ++job) {
+        const int64_t j = job / passed, place = job % passed * kRows, first = start + place, height = smaller(kRows, here - place);
+        const int64_t D = args->widths[j];
+        const S* x = (const S*)t[j] + first * D;
+        const S* attention = (const S*)t[ATTENTION * M + j] + first * D;
+        const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
+        const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
+        const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
+        const T factor = mapping ? gradients.data[2 * M + j].scale : T(0);
+        S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
+        E* g_att = (E*)gradients.data[j].left + place * D;
+        if (mapping) {
+          for (int i = 0; i < kRows; ++i)
+            pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
+          multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
+            for (int i = 0; i < height; ++i)
+              for (int v = 0; v < kColumns<T>; v += lanes)
+                store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
+          });
+        }
+        for (int i = 0; i < kRows; ++i) {
+          uint32_t words[kWords];
+          pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
+            if (i >= height) return Vector<T>{};
+            const int64_t at = i * D + d;
+            if (dropping && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
+            auto g = load(grad_out + at, n);
+            auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
+            if (mapping) target -= factor * load_signs<T>(sign + at, n);
+            if (dropping) g = keep(g, words + d % kWords, threshold, kept);
+            if (gated_target) g += target;
+            auto att = g * load(x + at, n);
+            if (!gated_target) att += target;
+            auto direct = g * (load(attention + at, n) + beta);
+            if (mapping) direct += load(mapping_rows + i * tile_row + d);
+            store(grad_x + at, direct, n);
+            store(g_att + at, att, n);
+            return att;
+          });
+        }
+        multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t) {
           for (int i = 0; i < height; ++i)
-            for (int v = 0; v < kColumns<T>; v += lanes)
-              store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
+            for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
         });
+        int64_t b = ring.dialogue(first);
+        for (int i = 0; i < height; ++i) {
+          alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
+          while (args->offsets[b + 1] <= first + i) ++b;
+          ring.factors(proj(j, first + i), u, v);
+          ring.rotate(j, b, v, w);
+          T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
+          if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, gu, gw);
+          else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
+        }
       }
-      for (int i = 0; i < kRows; ++i) {
-        uint32_t words[kWords];
-        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
-          if (i >= height) return Vector<T>{};
-          const int64_t at = i * D + d;
-          if (dropping && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
-          auto g = load(grad_out + at, n);
-          auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
-          if (mapping) target -= factor * load_signs<T>(sign + at, n);
-          if (dropping) g = keep(g, words + d % kWords, threshold, kept);
-          if (gated_target) g += target;
-          auto att = g * load(x + at, n);
-          if (!gated_target) att += target;
-          auto direct = g * (load(attention + at, n) + beta);
-          if (mapping) direct += load(mapping_rows + i * tile_row + d);
-          store(grad_x + at, direct, n);
-          store(g_att + at, att, n);
-          return att;
-        });
-      }
-      multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t) {
-        for (int i = 0; i < height; ++i)
-          for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
-      });
-      int64_t b = ring.dialogue(first);
-      for (int i = 0; i < height; ++i) {
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
         alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
-        while (args->offsets[b + 1] <= first + i) ++b;
-        ring.factors(proj(j, first + i), u, v);
-        ring.rotate(j, b, v, w);
-        T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
-        if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, gu, gw);
-        else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
-      }
+        ring.factors(proj(j, n), u, v);
+        ring.rotate(j, ring.dialogue(n), v, w);
+        for (int64_t k = 0; k < R; ++k)
+          for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
+      });
     }
 
     // g_A, through the product rule around the ring
@@ -472,59 +484,56 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     }
 
     // gradients of u, v and the projections; the indirect part of g_x
+    for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
+      const int64_t here = smaller(kChunk, rows - start), passed = (here + kRows - 1) / kRows;
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
-      S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
-      E* g_proj = (E*)gradients.data[M + j].left + first * 4 * R;
-      int64_t b = ring.dialogue(first);
-      for (int i = 0; i < height; ++i) {
-        alignas(64) T u[kMaxRank], v[kMaxRank], gu[kMaxRank], gv[kMaxRank], more[kMaxRank];
-        while (args->offsets[b + 1] <= first + i) ++b;
-        ring.factors(proj(j, first + i), u, v);
-        __builtin_memcpy(gu, row_of(g_u, j, first + i), size_t(padded) * sizeof(T));
-        const T* gw = row_of(g_w, j, first + i);
-        if (M > 1) {
-          const T share = T(args->scale / double(ring.length(b)));
-          const T* g_mean = g_A.data + (j * B + b) * 2 * matrix;
-          ring.combine(gw, ring.transposed(j, b), scale, gv);
-          ring.combine(u, g_mean, share, more);
-          for (int64_t d = 0; d < padded; d += lanes) store(gv + d, load(gv + d) + load(more + d));
-          ring.combine(v, g_mean + matrix, share, more);
-          for (int64_t d = 0; d < padded; d += lanes) store(gu + d, load(gu + d) + load(more + d));
-        } else {
-          for (int64_t d = 0; d < padded; d += lanes) store(gv + d, scale * load(gw + d));
-        }
-        const T* q = proj(j, first + i);
-        E* g = g_proj + i * 4 * R;
-        for (int64_t d = 0; d < R; d += lanes) {
-          const int64_t n = R - d;
-          store(g + d, load(gu + d) * load(q + 2 * R + d, n), n);
-          store(g + R + d, load(gv + d) * load(q + 3 * R + d, n), n);
-          store(g + 2 * R + d, load(gu + d) * load(q + d, n), n);
-          store(g + 3 * R + d, load(gv + d) * load(q + R + d, n), n);
-        }
-      }
-      pack_left_rows(tile_left, (const E*)g_proj, 4 * R, height);
-      multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
-        // These few products are soon done: what the next ones are added to is fetched now.
-        for (int i = 0; i < height; ++i)
-          for (int64_t v = columns; v < 2 * columns; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(grad_x + i * D + column + v, 1);
-        for (int i = 0; i < height; ++i)
-          for (int64_t v = 0; v < columns; v += lanes) {
-            S* out = grad_x + i * D + column + v;
-            store(out, load((const S*)out, columns - v) + load(c + i * kColumns<T> + v), columns - v);
+      for (int64_t job = 0; job < M * passed; ++job) {
+        const int64_t j = job / passed, place = job % passed * kRows, first = start + place, height = smaller(kRows, here - place);
+        const int64_t D = args->widths[j];
+        S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
+        E* g_proj = (E*)gradients.data[M + j].left + place * 4 * R;
+        int64_t b = ring.dialogue(first);
+        for (int i = 0; i < height; ++i) {
+          alignas(64) T u[kMaxRank], v[kMaxRank], gu[kMaxRank], gv[kMaxRank], more[kMaxRank];
+          while (args->offsets[b + 1] <= first + i) ++b;
+          ring.factors(proj(j, first + i), u, v);
+          __builtin_memcpy(gu, row_of(g_u, j, first + i), size_t(padded) * sizeof(T));
+          const T* gw = row_of(g_w, j, first + i);
+          if (M > 1) {
+            const T share = T(args->scale / double(ring.length(b)));
+            const T* g_mean = g_A.data + (j * B + b) * 2 * matrix;
+            ring.combine(gw, ring.transposed(j, b), scale, gv);
+            ring.combine(u, g_mean, share, more);
+            for (int64_t d = 0; d < padded; d += lanes) store(gv + d, load(gv + d) + load(more + d));
+            ring.combine(v, g_mean + matrix, share, more);
+            for (int64_t d = 0; d < padded; d += lanes) store(gu + d, load(gu + d) + load(more + d));
+          } else {
+            for (int64_t d = 0; d < padded; d += lanes) store(gv + d, scale * load(gw + d));
           }
-      });
+          const T* q = proj(j, first + i);
+          E* g = g_proj + i * 4 * R;
+          for (int64_t d = 0; d < R; d += lanes) {
+            const int64_t n = R - d;
+            store(g + d, load(gu + d) * load(q + 2 * R + d, n), n);
+            store(g + R + d, load(gv + d) * load(q + 3 * R + d, n), n);
+            store(g + 2 * R + d, load(gu + d) * load(q + d, n), n);
+            store(g + 3 * R + d, load(gv + d) * load(q + R + d, n), n);
+          }
+        }
+        pack_left_rows(tile_left, (const E*)g_proj, 4 * R, height);
+        multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
+          // These few products are soon done: what the next ones are added to is fetched now.
+          for (int i = 0; i < height; ++i)
+            for (int64_t v = columns; v < 2 * columns; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(grad_x + i * D + column + v, 1);
+          for (int i = 0; i < height; ++i)
+            for (int64_t v = 0; v < columns; v += lanes) {
+              S* out = grad_x + i * D + column + v;
+              store(out, load((const S*)out, columns - v) + load(c + i * kColumns<T> + v), columns - v);
+            }
+        });
+      }
+      weight_gradients(gradients.data + M, count - int(M), start, rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
     }
-
-    weight_gradients(gradients.data, count, rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
-      alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
-      ring.factors(proj(j, n), u, v);
-      ring.rotate(j, ring.dialogue(n), v, w);
-      for (int64_t k = 0; k < R; ++k)
-        for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
-    });
   }
   return 0;
 }

@@ -128,6 +128,13 @@ def assert_close(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dic
             assert of(a - e) <= limit, f"{name}: {kind} error {of(a - e) / top:.2e}, plain torch {of(p - e) / top:.2e}"
 
 
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Both in float64, where two ways of computing one formula at these sizes (sums of 10^4 terms at most, a dozen in a row) agree to 1e-11 of
+    the largest element: 10^4 roundings of 1e-16, and ten times that for cancellation."""
+    for name, e in expected.items():
+        torch.testing.assert_close(actual[name], e, rtol=0, atol=1e-11 * max(1.0, e.abs().max().item() if e.numel() else 0.0), msg=name)
+
+
 def textbook(case: Case, given: dict[str, list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What run_ring and run_mapping return, from the padded textbook in float64."""
     m, r, steps = len(case.widths), case.rank, max(case.lengths)
