@@ -172,10 +172,10 @@ PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
 BUILD = [sys.executable, "-c", "from pathlib import Path; from build_tools import native; "
          "native.build(Path('ada2i_fast/lib').resolve(), Path('build/native').resolve())"]
 BACKENDS = {
-    "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/ops/test_afw_layer.py", "tests/test_model.py", "tests/ops/test_attention_mapping.py",
-                     "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
-    "cpu": (BUILD, [*PYTEST, "tests/ops/test_cosine_fusion.py", "tests/ops/test_linear.py", "tests/ops/test_dropout_fused.py",
-                    "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py"], 600),
+    "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/ops/test_afw_layer.py", "tests/test_model.py",
+                     "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
+    "cpu": (BUILD, [*PYTEST, *(f"tests/ops/test_{op}.py" for op in (
+        "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "balanced_adam"))], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
 }
 NAMES = (*BACKENDS, "triton")
@@ -272,7 +272,7 @@ def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, 
         copy_tree(copy)
         clear_bytecode(copy)
 
-        def attempt() -> tuple[str, str]:
+        def attempt(file: str = "") -> tuple[str, str]:
             if build:
                 state, why = run(build, copy, 900)
                 if state != "passed":
@@ -280,7 +280,8 @@ def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, 
                 info = json.loads((copy / "ada2i_fast" / "lib" / "build_info.json").read_text())[backend]
                 if not info["library"]:
                     return "not run", f"does not build: {info['reason'][:200]}"
-            return run(tests, copy, limit)
+            own = Path(file).stem.removesuffix("_fused")             # the op's own tests first: they tell soonest
+            return run(sorted(tests, key=lambda word: word.startswith("tests/") and not (own and own in word)), copy, limit)
 
         start = time.time()
         state, why = attempt()
@@ -296,7 +297,7 @@ def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, 
                 raise SystemExit(2)
             path.write_text(text.replace(mutant.old, mutant.new))
             try:
-                state, why = attempt()
+                state, why = attempt(mutant.file)
             finally:
                 path.write_text(text)
             verdict = {"passed": "SURVIVED", "not run": "not run"}.get(state, "caught")

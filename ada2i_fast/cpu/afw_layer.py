@@ -1,7 +1,11 @@
-"""A layer of AFW on the CPU, loss included: tensor_ring and attention_mapping in one pass (csrc/cpu/tensor_ring.inl)."""
+"""A layer of AFW on the CPU, loss included: tensor_ring and attention_mapping in one pass (csrc/cpu/tensor_ring.inl).
+
+A layer has 12M parameters. What they are rounded to and their gradients lie in one tensor each, one after the other.
+"""
 
 from __future__ import annotations
 
+import itertools
 from typing import Sequence
 
 import torch
@@ -12,60 +16,74 @@ from . import contiguous, pointers
 from .tensor_ring import run
 
 
-def _places(x: Sequence[Tensor], dialogues: int, rank: int) -> list[int]:
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where each begins, and where the last one ends."""
+    return [0, *itertools.accumulate(sizes)]
+
+
+def _state_places(x: Sequence[Tensor], dialogues: int, rank: int) -> list[int]:
     """Where in the state each modality's projections, means, attentions and signs begin, kind by kind, and where it ends; in bytes."""
     rows, size, precise = x[0].shape[0], x[0].element_size(), accumulator(x[0].dtype).itemsize
-    places = [0]
-    for width in (*([4 * rank * rows * precise] * len(x)), *([dialogues * rank * rank * precise] * len(x)),
-                  *(t.numel() * size for t in x), *(t.numel() for t in x)):
-        places.append(places[-1] + (width + 63) // 64 * 64)
-    return places
+    sizes = [*([4 * rank * rows * precise] * len(x)), *([dialogues * rank * rank * precise] * len(x)), *(t.numel() * size for t in x),
+             *(t.numel() for t in x)]
+    return _starts([(n + 63) // 64 * 64 for n in sizes])
 
 
-def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
-            map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], phi_weight: Sequence[Tensor], phi_bias: Sequence[Tensor],
-            ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None, gated_target: bool,
-            coefficient: Sequence[float] | None) -> list[Tensor]:
-    """M outputs; with coefficients the loss too, and in one tensor of bytes what `backward` takes from here."""
-    x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias = contiguous(
-        x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias)
-    count, rank, offsets = len(x), proj_bias[0].numel(), offsets.contiguous()
-    out, none = [torch.empty_like(t) for t in x], [None] * count
+def _addresses(parameters: Sequence[Tensor], rounded: Tensor | None) -> list[int]:
+    if rounded is None:
+        return [t.data_ptr() for t in parameters]
+    base, size = rounded.data_ptr(), rounded.element_size()
+    return [base + size * start for start in _starts([t.numel() for t in parameters])[:-1]]
+
+
+def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float,
+            seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor | None]:
+    """M outputs; with coefficients the loss too, and what `backward` takes from here: the parameters rounded to x's dtype (None where
+    they have it), and the state, a tensor of bytes."""
+    x, = contiguous(x)
+    first, count, rank, offsets = x[0], len(x), parameters[4 * len(x)].numel(), offsets.contiguous()
+    rounded = None
+    if all([t.dtype == first.dtype for t in parameters]):
+        parameters, = contiguous(parameters)
+    else:
+        rounded = torch.cat([t.reshape(-1) for t in parameters], out=first.new_empty(sum([t.numel() for t in parameters])))
+    at = _addresses(parameters, rounded)
+    out = [torch.empty_like(t) for t in x]
     common = (x, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
-    given = (x, proj_weight, proj_bias, map_weight, map_bias, out, none)
+    none = [None] * count
     if coefficient is None:
-        run("ada2i_tensor_ring_forward", *common, pointers(*given, none, none, none))
+        run("ada2i_tensor_ring_forward", *common, pointers(x, at[:10 * count], out, none * 4))
         return out
-    *places, end = _places(x, offsets.numel() - 1, rank)
-    state, loss = x[0].new_empty(end, dtype=torch.uint8), x[0].new_empty((), dtype=accumulator(x[0].dtype))
+    *places, end = _state_places(x, offsets.numel() - 1, rank)
+    state, loss = first.new_empty(end, dtype=torch.uint8), first.new_empty((), dtype=accumulator(first.dtype))
     places = [state.data_ptr() + place for place in places]
-    run("ada2i_tensor_ring_forward", *common, pointers(*given, places[:3 * count], phi_weight, phi_bias, places[3 * count:]),
-        coefficient, loss)
-    return [*out, loss, state]
+    run("ada2i_tensor_ring_forward", *common,
+        pointers(x, at[:10 * count], out, none, places[:3 * count], at[10 * count:], places[3 * count:]), coefficient, loss)
+    return [*out, loss, rounded, state]
 
 
-def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
-             map_weight: Sequence[Tensor], phi_weight: Sequence[Tensor], state: Tensor, ring: Sequence[int], scale: float, beta: float,
-             dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float]) -> list[Tensor | None]:
-    """Gradients in the order of the parameters of `forward`; None for those of Phi without grad_loss."""
-    grad_out, x, proj_weight, map_weight, phi_weight = contiguous(grad_out, x, proj_weight, map_weight, phi_weight)
-    first, count, rank, offsets = x[0], len(x), proj_weight[0].shape[0], offsets.contiguous()
-    widths = [t.shape[1] for t in x]
-    places = [state.data_ptr() + place for place in _places(x, offsets.numel() - 1, rank)[:-1]]
-    grad_x = [torch.empty_like(t) for t in x]
-    # Four projections lie in one tensor, and the biases of a kind in another: fewer tensors to make, and views to give away.
-    grad_proj = [first.new_empty(4 * rank, width) for width in widths]
-    grad_map = [torch.empty_like(w) for w in map_weight]
-    grad_proj_bias = first.new_empty(4 * rank * count)
-    grad_map_bias = first.new_empty(sum(widths)).split(widths)
-    grads = (grad_x, grad_proj, grad_proj_bias.split(4 * rank), grad_map, grad_map_bias)
-    given = (x, proj_weight, map_weight, places[:3 * count], grad_out, [None] * count)
+def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
+             rounded: Tensor | None, state: Tensor, ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
+             gated_target: bool, coefficient: Sequence[float]) -> list[Tensor | None]:
+    """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss."""
+    grad_out, x = contiguous(grad_out, x)
+    if rounded is None:
+        parameters, = contiguous(parameters)
+    first, count, rank, offsets = x[0], len(x), parameters[4 * len(x)].numel(), offsets.contiguous()
+    at = _addresses(parameters, rounded)
+    places = [state.data_ptr() + place for place in _state_places(x, offsets.numel() - 1, rank)[:-1]]
+    wanted = parameters if grad_loss is not None else parameters[:10 * count]
+    sizes = [t.numel() for t in wanted]
+    grads, grad_x = first.new_empty(sum(sizes)), [torch.empty_like(t) for t in x]
+    to = _addresses(wanted, grads)
+    given = (x, at[:4 * count], at[8 * count:9 * count], places[:3 * count], grad_out, [None] * count, grad_x,
+             to[:4 * count:4], to[4 * count:8 * count:4], to[8 * count:10 * count])           # those of four projections are one after the other
     common = (x, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
     if grad_loss is None:
-        run("ada2i_tensor_ring_backward", *common, pointers(*given, *grads))
-        of_phi = [None] * (2 * count)
+        run("ada2i_tensor_ring_backward", *common, pointers(*given))
     else:
-        of_phi = [*(torch.empty_like(w) for w in phi_weight), *first.new_empty(sum(widths)).split(widths)]
-        run("ada2i_tensor_ring_backward", *common, pointers(*given, *grads, phi_weight, places[3 * count:], of_phi), coefficient,
-            grad_loss.contiguous())
-    return [*grad_x, *(part for t in grad_proj for part in t.split(rank)), *grad_proj_bias.split(rank), *grad_map, *grad_map_bias, *of_phi]
+        run("ada2i_tensor_ring_backward", *common, pointers(*given, at[10 * count:11 * count], places[3 * count:], to[10 * count:]),
+            coefficient, grad_loss.contiguous())
+    parts = (grads if rounded is None else grads.to(parameters[0].dtype)).split(sizes)
+    found = [part if t.dim() == 1 else part.view(t.shape) for part, t in zip(parts, wanted)]
+    return [*grad_x, *found, *([None] * (len(parameters) - len(wanted)))]

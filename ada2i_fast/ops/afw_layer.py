@@ -1,7 +1,7 @@
 """One layer of AFW, its loss included (eqs. 4 to 7 and 12): `tensor_ring`, and `attention_mapping` of its target.
 
 On a CPU both are one node of the graph and one pass over the rows. Beside two nodes that saves what Python and autograd cost between
-them, which at ten dialogues is as much as the arithmetic; stacking the projections and taking the stacks' gradients apart; the target
+them, which at ten short dialogues is as much as the arithmetic; stacking the projections and taking the stacks' gradients apart; the target
 and its gradient, of which only signs are left; and adding two gradients of x, whose packed rows both sums of products share:
 
     g_target = -c S g_L,    g_x = (tensor_ring's) + c g_L S Phi,    g_Phi = c g_L S^T x,    g_phi = c g_L sum_n S
@@ -9,7 +9,6 @@ and its gradient, of which only signs are left; and adding two gradients of x, w
 
 from __future__ import annotations
 
-import operator
 from typing import Sequence
 
 import torch
@@ -54,27 +53,23 @@ class _AFWLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, offsets, *tensors):
-        m, dtype = len(tensors) // 13, tensors[0].dtype
-        rounded = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
-        x, *parameters = _kinds(rounded)
-        result = backends.module("afw_layer", "cpu").forward(x, offsets, *parameters, *settings)
+        m = len(tensors) // 13
+        *result, rounded, state = backends.module("afw_layer", "cpu").forward(tensors[:m], offsets, tensors[m:], *settings)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
-        ctx.save_for_backward(offsets, *tensors, *(rounded if any(map(operator.is_not, rounded, tensors)) else ()), result[-1])
-        return tuple(result[:m + 1])
+        ctx.save_for_backward(offsets, rounded, state, *tensors)
+        return tuple(result)
 
     @staticmethod
     def backward(ctx, *grads):
-        offsets, *tensors, state = ctx.saved_tensors
+        offsets, rounded, state, *tensors = ctx.saved_tensors
         m = len(grads) - 1
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda: [*(made := _in_torch(tensors[:13 * m], offsets, *ctx.settings))[0], made[1]],
-                                       grads, tensors[:13 * m])
+            result = gradients_through(lambda: [*(made := _in_torch(tensors, offsets, *ctx.settings))[0], made[1]], grads, tensors)
         else:
-            x, proj_weight, _, map_weight, _, phi_weight, _ = _kinds(tensors[-13 * m:])
-            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
-            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], x, offsets, proj_weight, map_weight, phi_weight,
-                                                                  state, *ctx.settings)
+            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors[:m])]
+            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], tensors[:m], offsets, tensors[m:], rounded, state,
+                                                                  *ctx.settings)
         return None, None, *result
 
 
@@ -116,7 +111,5 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     if graph:
         *out, loss = _AFWLayer.apply(settings, offsets, *tensors)
         return out, loss
-    dtype = x[0].dtype
-    x, *parameters = _kinds([t if t.dtype == dtype else t.to(dtype) for t in tensors])
-    result = backends.module("afw_layer", "cpu").forward(x, offsets, *parameters, *settings)
+    result = backends.module("afw_layer", "cpu").forward(x, offsets, tensors[m:], *settings)
     return result[:m], result[m] if with_loss else None
