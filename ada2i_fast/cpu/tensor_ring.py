@@ -14,21 +14,22 @@ from . import DTYPES, call, contiguous, int64s, pointers
 
 class _Arguments(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in
-                  ("dtype", "threads", "modalities", "rows", "dialogues", "rank", "gated_target")),
+                  ("dtype", "threads", "modalities", "rows", "dialogues", "rank", "gated_target", "parameters")),
                 *((name, ctypes.c_double) for name in ("scale", "beta", "dropout")),
                 *((name, ctypes.c_void_p) for name in ("widths", "ring", "offsets", "seed", "coefficient", "loss", "tensors"))]
 
 
 def run(name: str, x: Sequence[Tensor], offsets: Tensor, rank: int, ring: Sequence[int], scale: float, beta: float, dropout: float,
         seed: Tensor | None, gated_target: bool, tensors: ctypes.Array, coefficient: Sequence[float] | None = None,
-        loss: Tensor | None = None) -> None:
-    """One call of the library, with the feature loss where there are coefficients. Every tensor is contiguous."""
+        loss: Tensor | None = None, parameters: torch.dtype | None = None) -> None:
+    """One call of the library, with the feature loss where there are coefficients. Every tensor is contiguous. parameters: their dtype,
+    if it is not that of x but float32."""
     widths, ring = int64s([t.shape[1] for t in x]), int64s(ring)
     weights = None if coefficient is None else (ctypes.c_double * len(x))(*coefficient)
     call(name, _Arguments(
-        DTYPES[x[0].dtype], torch.get_num_threads(), len(x), x[0].shape[0], offsets.numel() - 1, rank, gated_target, scale, beta,
-        dropout, ctypes.addressof(widths), ctypes.addressof(ring), offsets.data_ptr(), None if seed is None else seed.data_ptr(),
-        None if weights is None else ctypes.addressof(weights), None if loss is None else loss.data_ptr(), ctypes.addressof(tensors)))
+        DTYPES[x[0].dtype], torch.get_num_threads(), len(x), x[0].shape[0], offsets.numel() - 1, rank, gated_target,
+        DTYPES[parameters or x[0].dtype], scale, beta, dropout, ctypes.addressof(widths), ctypes.addressof(ring), offsets.data_ptr(),
+        None if seed is None else seed.data_ptr(), None if weights is None else ctypes.addressof(weights), None if loss is None else loss.data_ptr(), ctypes.addressof(tensors)))
 
 
 def _quarters(tensors: Sequence[Tensor]) -> list[int]:

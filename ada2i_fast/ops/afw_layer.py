@@ -54,23 +54,33 @@ class _AFWLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, offsets, *tensors):
         m = len(tensors) // 13
-        *result, rounded, state = backends.module("afw_layer", "cpu").forward(tensors[:m], offsets, tensors[m:], *settings)
+        parameters = _fitting(tensors)
+        *result, state = backends.module("afw_layer", "cpu").forward(tensors[:m], offsets, parameters, *settings)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
-        ctx.save_for_backward(offsets, rounded, state, *tensors)
+        ctx.save_for_backward(offsets, state, *tensors, *(() if parameters[0] is tensors[m] else parameters))
         return tuple(result)
 
     @staticmethod
     def backward(ctx, *grads):
-        offsets, rounded, state, *tensors = ctx.saved_tensors
+        offsets, state, *tensors = ctx.saved_tensors
         m = len(grads) - 1
+        inputs, parameters = tensors[:13 * m], tensors[-12 * m:]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda: [*(made := _in_torch(tensors, offsets, *ctx.settings))[0], made[1]], grads, tensors)
+            result = gradients_through(lambda: [*(made := _in_torch(inputs, offsets, *ctx.settings))[0], made[1]], grads, inputs)
         else:
-            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors[:m])]
-            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], tensors[:m], offsets, tensors[m:], rounded, state,
-                                                                  *ctx.settings)
+            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs[:m])]
+            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], inputs[:m], offsets, parameters, state, *ctx.settings)
         return None, None, *result
+
+
+def _fitting(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The parameters as the library takes them: as they are where that is possible, else in the dtype of x."""
+    m = len(tensors) // 13
+    x, parameters = tensors[:m], tensors[m:]
+    if backends.module("afw_layer", "cpu").fits(x[0].dtype, parameters):
+        return parameters
+    return [t.to(x[0].dtype, copy=True) for t in parameters]
 
 
 def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> tuple[list[Tensor], Tensor]:
@@ -90,7 +100,8 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
 
     x: M tensors [N, D_j].  proj_weight, proj_bias: 4M tensors [R, D_j] and [R], the projections q1, q2, k1, k2 of modality 0, then of
     1, and so on.  map_weight [D_j, R * R], map_bias [D_j].  phi_weight [D_j, D_j], phi_bias [D_j]: the map of the loss.
-    Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding.
+    Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding: on a CPU
+    float32 parameters of x in 16 bits are rounded no more than the product needs, and their gradients not at all.
     """
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
@@ -111,5 +122,5 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     if graph:
         *out, loss = _AFWLayer.apply(settings, offsets, *tensors)
         return out, loss
-    result = backends.module("afw_layer", "cpu").forward(x, offsets, tensors[m:], *settings)
+    result = backends.module("afw_layer", "cpu").forward(x, offsets, _fitting(tensors), *settings)
     return result[:m], result[m] if with_loss else None

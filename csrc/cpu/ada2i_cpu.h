@@ -6,6 +6,7 @@ enum { ADA2I_FLOAT32, ADA2I_FLOAT64, ADA2I_BFLOAT16, ADA2I_FLOAT16, ADA2I_DTYPES
 
 struct TensorRing {
   int64_t dtype, threads, modalities, rows, dialogues, rank, gated_target;
+  int64_t parameters;       // the dtype of weights and biases and of their gradients: that of the rest, or float for 16 bits
   double scale, beta, dropout;
   const int64_t* widths;    // [M]
   const int64_t* ring;      // [M][M - 1]
@@ -93,8 +94,8 @@ struct BalancedAdam {
 // One set of entry points per tier and dtype. They return 0, or 1 where memory ran out.
 struct Ada2iTier {
   const char* name;
-  int (*tensor_ring_forward[ADA2I_DTYPES])(const TensorRing*);
-  int (*tensor_ring_backward[ADA2I_DTYPES])(const TensorRing*);
+  int (*tensor_ring_forward[2][ADA2I_DTYPES])(const TensorRing*);    // the second row: with parameters in float
+  int (*tensor_ring_backward[2][ADA2I_DTYPES])(const TensorRing*);
   int (*attention_mapping_forward[ADA2I_DTYPES])(const AttentionMapping*);
   int (*attention_mapping_backward[ADA2I_DTYPES])(const AttentionMapping*);
   int (*cosine_fusion_forward[ADA2I_DTYPES])(const CosineFusion*);

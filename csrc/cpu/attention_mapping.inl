@@ -1,8 +1,8 @@
 // The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) never leaves the first-level cache.
 
 // The part of one tile: packed x times phi, against target(i, d), the vector of the target's row i at d. Signs go to sign [height][D].
-template <class S, class F>
-INLINE Compute<S> mapping_tile(const Operand<S>* left, const Operand<S>* phi, const S* bias, int64_t D, int64_t height, int8_t* sign, F target) {
+template <class S, class P, class F>
+INLINE Compute<S> mapping_tile(const Operand<S>* left, const Operand<S>* phi, const P* bias, int64_t D, int64_t height, int8_t* sign, F target) {
   using T = Compute<S>;
   constexpr int lanes = Lanes<T>::count;
   Vector<T> total = {};
@@ -62,7 +62,7 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
       const S* bias = (const S*)t[3 * M + j];
       int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
       pack_left_rows(tile_left, x, D, height);
-      partial.data[job] = mapping_tile(tile_left, (const E*)phi.data[j], bias, D, height, sign,
+      partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], bias, D, height, sign,
                                        [&](int i, int64_t d, int64_t n) { return load(target + i * D + d, n); });
     }
   }

@@ -54,7 +54,7 @@ const Ada2iTier* chosen() {
 // Names of the tiers that can run here, best first; null past the end.
 ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) { return available()[index] ? available()[index]->name : nullptr; }
 // Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
-ADA2I_EXPORT int ada2i_cpu_abi_version() { return 3; }
+ADA2I_EXPORT int ada2i_cpu_abi_version() { return 4; }
 
 ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 
@@ -73,8 +73,8 @@ ADA2I_EXPORT int ada2i_cpu_set_tier(const char* name) {
   ADA2I_EXPORT int ada2i_##op(const Args* args, int64_t size) { return size != int64_t(sizeof(Args)) ? 2 : chosen()->run(args); }
 #define ADA2I_TYPED(op, Args) ADA2I_ENTRY(op, Args, op[args->dtype])
 
-ADA2I_TYPED(tensor_ring_forward, TensorRing)
-ADA2I_TYPED(tensor_ring_backward, TensorRing)
+ADA2I_ENTRY(tensor_ring_forward, TensorRing, tensor_ring_forward[args->parameters != args->dtype][args->dtype])
+ADA2I_ENTRY(tensor_ring_backward, TensorRing, tensor_ring_backward[args->parameters != args->dtype][args->dtype])
 ADA2I_TYPED(attention_mapping_forward, AttentionMapping)
 ADA2I_TYPED(attention_mapping_backward, AttentionMapping)
 ADA2I_TYPED(cosine_fusion_forward, CosineFusion)

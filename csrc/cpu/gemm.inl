@@ -123,6 +123,9 @@ template <class L> INLINE Vector<uint32_t> row_step(uint32_t*, const L* row, con
   auto pair = bf16_lanes(row, n);
   return next ? pair | bf16_lanes(next, n) << 16 : pair;
 }
+INLINE Vector<uint32_t> steps_at(uint32_t*, const float* p, int64_t n) {
+  return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)load(p + 16, n > 16 ? n - 16 : 0), (__m512)load(p, n));
+}
 INLINE Vector<uint32_t> steps_at(uint32_t*, const bf16* p, int64_t n) {
   return (Vector<uint32_t>)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p);
 }
@@ -176,12 +179,12 @@ constexpr int kGroup = 48 / kRows; // strips of kRows columns that one job packs
 
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
-template <class S> struct WeightGradient {
+template <class S, class P = S> struct WeightGradient {
   const Operand<S>* left;  // of this pass alone; or, where it is null,
   const int8_t* signs;     // of all rows
   const S* rows;           // the right operand [rows, n], or null where make_row makes it
   int64_t m, n;
-  S *weight, *bias;
+  P *weight, *bias;
   Compute<S> scale;
   Operand<S>* right;       // scratch, right_size(kChunk, n + 1)
   bool packed;             // an earlier gradient has the same right operand, and the same scratch
@@ -196,8 +199,8 @@ constexpr int64_t kStrips = kGroup * kStrip;
 // where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
 // make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; row_scratch: two rows of n numbers,
 // and a vector.
-template <class S, class F>
-static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t start, int64_t rows, Operand<S>* strips,
+template <class S, class P, class F>
+static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Operand<S>* strips,
                              Compute<S>* row_scratch, int64_t row_size, F make_row) {
   using E = Operand<S>;
   using T = Compute<S>;
@@ -210,7 +213,7 @@ static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t st
 #pragma omp for schedule(dynamic)
   for (int64_t job = 0; job < count * blocks; ++job) {
     const int p = int(job / blocks);
-    const WeightGradient<S> g = gradients[p];       // a copy: stores might change the original, for all the compiler knows
+    const WeightGradient<S, P> g = gradients[p];     // a copy: stores might change the original, for all the compiler knows
     if (g.packed) continue;
     for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
       const bool both = per == 2 && r + 1 < k;
@@ -229,7 +232,7 @@ static void weight_gradients(WeightGradient<S>* gradients, int count, int64_t st
     int p = 0;
     int64_t place = job;
     for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
-    const WeightGradient<S> g = gradients[p];
+    const WeightGradient<S, P> g = gradients[p];
     const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
     const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
     auto pack = [&](auto* left) __attribute__((always_inline)) {

@@ -134,7 +134,7 @@ template <class S> struct Ring {
   }
 };
 
-template <class S> static int tensor_ring_forward(const TensorRing* args) {
+template <class S, class P> static int tensor_ring_forward(const TensorRing* args) {
   using T = Compute<S>;
   using E = Operand<S>;
   constexpr int lanes = Lanes<T>::count;
@@ -171,7 +171,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
     next += mapping ? right_size<E>(args->widths[j], args->widths[j]) : 0;
     saved.data[j] = saving ? (T*)t[PROJ * M + j] : spare.data + j * rows * 4 * R;
     saved.data[M + j] = saving ? (T*)t[MEAN * M + j] : spare.data + M * rows * 4 * R + j * B * R * R;
-    for (int64_t r = 0; r < 4 * R; ++r) bias_of.data[j * stacked + r] = to_compute(((const S*)t[PROJ_BIAS * M + 4 * j + r / R])[r % R]);
+    for (int64_t r = 0; r < 4 * R; ++r) bias_of.data[j * stacked + r] = to_compute(((const P*)t[PROJ_BIAS * M + 4 * j + r / R])[r % R]);
   }
   const int64_t projection_panels = (4 * R + kColumns<T> - 1) / kColumns<T>, wide_panels = (widest + kColumns<T> - 1) / kColumns<T>;
   const int64_t panels = projection_panels + (mapping ? 2 : 1) * wide_panels;
@@ -190,8 +190,8 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
     for (int64_t job = 0; job < M * panels; ++job) {
       const int64_t j = job / panels, panel = job % panels, wide = panel - projection_panels, D = args->widths[j];
       const int64_t column = wide % wide_panels * kColumns<T>;
-      const S *weight = (const S*)t[MAP * M + j], *phi_weight = mapping ? (const S*)t[PHI * M + j] : nullptr;
-      auto projections = [&](int64_t r) { return (const S*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D; };
+      const P *weight = (const P*)t[MAP * M + j], *phi_weight = mapping ? (const P*)t[PHI * M + j] : nullptr;
+      auto projections = [&](int64_t r) { return (const P*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D; };
       if (wide < 0) pack_transposed(projection.data[j], projections, D, 4 * R, panel * kColumns<T>);
       else if (column >= D) continue;
       else if (wide < wide_panels) pack_transposed(map.data[j], [&](int64_t r) { return weight + r * R * R; }, R * R, D, column);
@@ -235,7 +235,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
-      const S* bias = (const S*)t[MAP_BIAS * M + j];
+      const P* bias = (const P*)t[MAP_BIAS * M + j];
       S* out = (S*)t[OUT * M + j] + first * D;
       S* target = t[TARGET * M + j] ? (S*)t[TARGET * M + j] + first * D : nullptr;
       S* attention = saving ? (S*)t[ATTENTION * M + j] + first * D : nullptr;
@@ -270,7 +270,7 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
       });
       if (mapping) {
         pack_left_rows(tile_left, x, D, height);
-        partial.data[job] = mapping_tile(tile_left, (const E*)phi.data[j], (const S*)t[PHI_BIAS * M + j], D, height,
+        partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], (const P*)t[PHI_BIAS * M + j], D, height,
                                          (int8_t*)t[SIGN * M + j] + first * D,
                                          [&](int i, int64_t d, int64_t n) { return load(target_rows + i * tile_row + d, n); });
       }
@@ -280,7 +280,8 @@ template <class S> static int tensor_ring_forward(const TensorRing* args) {
   return 0;
 }
 
-template <class S> static int tensor_ring_backward(const TensorRing* args) {
+// P: the type of parameters and of their gradients.
+template <class S, class P> static int tensor_ring_backward(const TensorRing* args) {
   using T = Compute<S>;
   using E = Operand<S>;
   constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
@@ -313,7 +314,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
   Scratch<T> tile_mapping(mapping ? kRows * tile_row : 0, threads);
   Scratch<E*> map(M), projection(M), phi(M);
   const int count = int(mapping ? 3 * M : 2 * M);
-  Scratch<WeightGradient<S>> gradients(count);
+  Scratch<WeightGradient<S, P>> gradients(count);
   if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !row.ok() || !sums.ok() ||
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
       !tile_mapping.ok() || !phi.ok())
@@ -328,7 +329,7 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     projection.data[j] = right_at;
     right_at += right_size<E>(4 * R, D);
     auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias) {
-      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (S*)weight, (S*)bias, T(1), chunk_at, false, total_at};
+      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (P*)weight, (P*)bias, T(1), chunk_at, false, total_at};
       gradient_at += smaller(rows, kChunk) * m;
       chunk_at += right_size<E>(kChunk, n + 1);
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
@@ -338,8 +339,8 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
     if (!mapping) continue;
     phi.data[j] = right_at;
     right_at += right_size<E>(D, D);
-    gradients.data[2 * M + j] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (S*)t[GRAD_PHI * M + j],
-                                 (S*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), gradients.data[M + j].right, true,
+    gradients.data[2 * M + j] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (P*)t[GRAD_PHI * M + j],
+                                 (P*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), gradients.data[M + j].right, true,
                                  total_at};
     if (rows > kChunk) total_at += D * round_up(D + 1, kColumns<T>);
   }
@@ -360,10 +361,10 @@ template <class S> static int tensor_ring_backward(const TensorRing* args) {
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
-      auto projections = [&](int64_t r) { return r < 4 * R ? (const S*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D : nullptr; };
+      auto projections = [&](int64_t r) { return r < 4 * R ? (const P*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D : nullptr; };
       for (int64_t k = first; k < first + kBlock; k += per) {
-        if (k < D) pack_weight_rows(map.data[j], (const S*)t[MAP * M + j], D, R * R, k);
-        if (k < D && mapping) pack_weight_rows(phi.data[j], (const S*)t[PHI * M + j], D, D, k);
+        if (k < D) pack_weight_rows(map.data[j], (const P*)t[MAP * M + j], D, R * R, k);
+        if (k < D && mapping) pack_weight_rows(phi.data[j], (const P*)t[PHI * M + j], D, D, k);
         if (k < 4 * R) pack_right(projection.data[j], k, 4 * R, D, projections(k), projections(k + 1), false);
       }
     }

@@ -26,10 +26,11 @@ namespace {
 
 #define ADA2I_ALL_DTYPES(op) {op<float>, op<double>, op<bf16>, op<half>}
 #define ADA2I_UP_TO_FLOAT(op) {op<float>, nullptr, op<bf16>, op<half>}
+#define ADA2I_RING(op) {{op<float, float>, op<double, double>, op<bf16, bf16>, op<half, half>}, {nullptr, nullptr, op<bf16, float>, op<half, float>}}
 #define ADA2I_STRING(name) ADA2I_STRING_(name)
 #define ADA2I_STRING_(name) #name
 extern const Ada2iTier tier;
-const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_ALL_DTYPES(tensor_ring_forward), ADA2I_ALL_DTYPES(tensor_ring_backward),
+const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_RING(tensor_ring_forward), ADA2I_RING(tensor_ring_backward),
                         ADA2I_ALL_DTYPES(attention_mapping_forward), ADA2I_ALL_DTYPES(attention_mapping_backward),
                         ADA2I_ALL_DTYPES(cosine_fusion_forward), ADA2I_ALL_DTYPES(cosine_fusion_backward),
                         ADA2I_UP_TO_FLOAT(relu_dropout_forward), ADA2I_UP_TO_FLOAT(relu_dropout_backward),

@@ -177,18 +177,37 @@ def test_only_some_gradients_wanted():
     torch.testing.assert_close(1.0 * sum(SMALL.lengths) * sum(SMALL.widths) * grad, run(SMALL, drawn, "torch")["grad phi[1]"])
 
 
-def test_parameters_in_another_dtype():
-    mixed = {n: [t.bfloat16() if n == "x" else t for t in ts] for n, ts in inputs(SMALL, torch.float32).items()}
-    at = leaves(mixed, NAMES)
-    flat = [t for n in NAMES for t in at[n]]
-    out, loss = call(SMALL, at)
-    assert out[0].dtype == torch.bfloat16 and loss.dtype == torch.float32
-    found = torch.autograd.grad([*(t.float().sum() for t in out), loss], flat)
-    assert all(g.dtype == t.dtype for g, t in zip(found, flat))
-    rounded = leaves({n: [t.bfloat16() for t in ts] for n, ts in mixed.items()}, NAMES)
-    out, loss = call(SMALL, rounded)
-    other = torch.autograd.grad([*(t.float().sum() for t in out), loss], [t for n in NAMES for t in rounded[n]])
-    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(found, other))
+@pytest.mark.parametrize("tier", TIERS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [SMALL, LONG], ids=["small", "long"])
+def test_parameters_in_float32(case, tier, dtype):
+    """As a module under autocast has them: gradients come in float32, closer to those of float64 than plain torch's."""
+    drawn = decided(case, dtype)
+    mixed = {n: [t if n in ("x", "grad_out") else t.float() for t in ts] for n, ts in drawn.items()}
+    exact = run(case, drawn, "torch", torch.float64)
+    found = run(case, mixed)
+    assert all(found[f"grad {n}[0]"].dtype == (dtype if n == "x" else torch.float32) for n in NAMES) and found["out[0]"].dtype == dtype
+    assert_close(found, run(case, drawn, "torch"), exact, dtype)
+    with torch.no_grad():
+        out, loss = call(case, mixed)
+        assert all(torch.equal(out[j], found[f"out[{j}]"]) for j in range(len(out))) and torch.equal(loss, found["loss"])
+
+
+@pytest.mark.parametrize("x_dtype, dtype", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16, torch.float64)], ids=str)
+def test_parameters_in_another_dtype(x_dtype, dtype):
+    """They are cast to that of x, and their gradients back."""
+    mixed = {n: [t.to(x_dtype if n == "x" else dtype) for t in ts] for n, ts in inputs(SMALL, torch.float32).items()}
+    results = []
+    for at in (leaves(mixed, NAMES), leaves({n: [t.to(x_dtype) for t in ts] for n, ts in mixed.items()}, NAMES)):
+        flat = [t for n in NAMES for t in at[n]]
+        out, loss = call(SMALL, at)
+        assert out[0].dtype == x_dtype
+        found = torch.autograd.grad([*(t.float().sum() for t in out), loss], flat)
+        assert all(g.dtype == t.dtype for g, t in zip(found, flat))
+        results.append(found)
+    for a, b in zip(*results):
+        coarser = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        assert torch.equal(a.to(coarser), b.to(coarser))
 
 
 def test_first_and_second_derivatives():
