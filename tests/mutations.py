@@ -338,7 +338,8 @@ def write_page(results: dict[str, list[tuple[Mutant, str, str]]]) -> None:
         if backend in results:
             rows = results[backend]
             caught = sum(verdict == "caught" for _, verdict, _ in rows)
-            body = [f"{caught} of {len(rows)} caught.", "", "| kind | file | what is broken | result | by |", "|---|---|---|---|---|"]
+            others = len(triton_mutants() if backend == "triton" else [m for m in MUTANTS if m.backend == backend]) - len(rows)
+            body = [f"{caught} of {len(rows)} caught." + (f" {others} more did not run." if others else ""), "", "| kind | file | what is broken | result | by |", "|---|---|---|---|---|"]
             for m, verdict, why in rows:
                 shown = why.replace("|", "/").replace("`", "'")
                 body.append(f"| {m.kind} | `{m.file}` | {m.what} | {verdict if verdict == 'caught' else f'**{verdict}**'} | {shown[:120]} |")
