@@ -156,6 +156,8 @@ class Ada2I(nn.Module):
         if net.mmt is not None:
             z, feature_loss = net.mmt(z, offsets, rows)
         if real is not None:
+            # The compiler does not know how many rows a mask has left.
+            torch._check(real.shape[0] == batch.features[config.modalities[0]].shape[0])
             z = [z_m.index_select(0, real) for z_m in z]
         joint, unimodal, _, ratios = net.fc_out(z, labels)
         logits = joint if config.head == "none" else net.head(joint)
