@@ -25,14 +25,6 @@ IEMOCAP = Case(lengths=(51, 46, 59, 50, 39), widths=(300, 300, 300), rank=11, dr
 LONG = Case(lengths=(700, 421), widths=(20, 35), rank=6, gated_target=True, reduction="mean", seed=3)
 
 
-@pytest.fixture
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def with_options(case: Case, **changes) -> Case:
     return Case(**{**case.__dict__, **changes})
 

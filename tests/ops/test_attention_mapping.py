@@ -22,14 +22,6 @@ IEMOCAP = Case(lengths=(245,), widths=(300, 300, 300), rank=1, seed=2)
 LONG = Case(lengths=(1121,), widths=(20, 35), rank=1, reduction="mean", seed=3)
 
 
-@pytest.fixture
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def call(case, given, backend="cpu"):
     return attention_mapping(*(given[n] for n in NAMES), reduction=case.reduction, backend=backend)
 

@@ -17,14 +17,6 @@ SEED_AND_STEP = torch.tensor([0x123456789ABCDEF, 7])
 SIZES = (1, 5, 31, 33, 16384, 16385, 50001)
 
 
-@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def tensors(seed=0):
     g = torch.Generator().manual_seed(seed)
     p, grad, m, v = ([torch.randn(n, generator=g) for n in SIZES] for _ in range(4))

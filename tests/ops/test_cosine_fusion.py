@@ -59,14 +59,6 @@ def cases(draw) -> Case:
         seed=draw(st.integers(0, 999)))
 
 
-@pytest.fixture
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict:
     """Rows of unlike norms; held in `dtype`."""
     g = torch.Generator().manual_seed(case.seed)

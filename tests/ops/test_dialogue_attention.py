@@ -14,14 +14,6 @@ native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not())
 SEED = torch.tensor([1 << 40])
 
 
-@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def case(lengths, width, scale=1.0, dtype=torch.float32):
     g = torch.Generator().manual_seed(sum(lengths) * width)
     qkv, grad = torch.randn(sum(lengths), 3 * width, generator=g) * scale, torch.randn(sum(lengths), width, generator=g)

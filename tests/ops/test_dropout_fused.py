@@ -15,14 +15,6 @@ SEED = torch.tensor([-77])
 SIZES = [(7, 16), (1, 1), (33, 13), (65, 300), (40, 77), (5, 2048)]
 
 
-@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 # Of x, and of all the rest: one type, or what autocast mixes.
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 ROUNDING = {torch.float32: 2.0 ** -24, torch.float16: 2.0 ** -11, torch.bfloat16: 2.0 ** -8}

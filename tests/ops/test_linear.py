@@ -164,14 +164,6 @@ needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_
 SIXTEEN = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def gradients(rows, inputs, outputs, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(rows, outputs, generator=g).to(dtype), torch.randn(rows, inputs, generator=g).to(dtype)

@@ -25,14 +25,6 @@ LONG = Case(lengths=(700, 0, 421), widths=(20, 35), rank=6, dropout=0.1, gated_t
 WIDE = Case(lengths=(9, 4), widths=(40, 17, 24, 16), rank=32, gated_target=True, seed=4)
 
 
-@pytest.fixture
-def tier(request):
-    before = cpu.tier()
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier(before)
-
-
 def call(case, given, backend="cpu", **changes):
     return tensor_ring(given["x"], offsets(case), *(given[n] for n in PARAMETERS[1:]), backend=backend, **{**case.options, **changes})
 
