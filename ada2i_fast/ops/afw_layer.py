@@ -67,7 +67,7 @@ class _AFWLayer(torch.autograd.Function):
         m = len(grads) - 1
         inputs, parameters = tensors[:13 * m], tensors[-12 * m:]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda: [*(made := _in_torch(inputs, offsets, *ctx.settings))[0], made[1]], grads, inputs)
+            result = gradients_through(lambda: _in_torch(inputs, offsets, *ctx.settings), grads, inputs)
         else:
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs[:m])]
             result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], inputs[:m], offsets, parameters, state, *ctx.settings)
@@ -83,12 +83,12 @@ def _fitting(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [t.to(x[0].dtype, copy=True) for t in parameters]
 
 
-def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> tuple[list[Tensor], Tensor]:
-    """The algebra in plain PyTorch."""
+def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> list[Tensor]:
+    """M outputs and the loss by the algebra in plain PyTorch."""
     x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias = _kinds([t.to(tensors[0].dtype) for t in tensors])
     out, target = tensor_ring_torch(x, offsets, *stacked(proj_weight, proj_bias), map_weight, map_bias, ring_rows(ring, len(x)), scale,
                                     beta, dropout, seed, gated_target)
-    return out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)
+    return [*out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)]
 
 
 def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
