@@ -43,7 +43,7 @@ class Mutant:
 RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mapping.py"
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
 CPU_ATTENTION = "csrc/cpu/dialogue_attention.inl"
-CPU_LINEAR = "csrc/cpu/linear.inl"
+CPU_LINEAR, CPU_GEMM = "csrc/cpu/linear.inl", "csrc/cpu/gemm.inl"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
@@ -103,14 +103,23 @@ MUTANTS = [
     Mutant("cpu", "index", "csrc/cpu/dropout.inl", "total += load(partial.of(block) + d);", "total += load(partial.data + d);",
            "the first block of rows stands for all in the bias"),
     Mutant("cpu", "index", CPU_LINEAR, "const S* row = x + (start + r) * n;", "const S* row = x + r * n;", "every pass sums the inputs of the first"),
-    Mutant("cpu", "index", CPU_LINEAR, "const S* row = grad_out + (start + r) * m + first;", "const S* row = grad_out + r * m + first;",
+    Mutant("cpu", "index", CPU_LINEAR, "grad_out + start * m + first, m, m - first", "grad_out + first, m, m - first",
            "every pass sums the gradients of the first"),
-    Mutant("cpu", "bound", CPU_LINEAR, "const S* next = r + 1 < k ? row + m : nullptr;", "const S* next = row + m;", "a pair of rows reaches beyond the last"),
-    Mutant("cpu", "bound", CPU_LINEAR, "i < smaller(kRows, m - d); ++i)", "i < kRows; ++i)", "the last strip's rows are written beyond the outputs"),
-    Mutant("cpu", "bound", CPU_LINEAR, "if (n - column > lanes)", "if (n - column > columns)", "the last panel is half as wide"),
-    Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? value + load(to, n - column - v) : value", "value", "the last pass stands for all"),
+    Mutant("cpu", "bound", CPU_GEMM, "r + 1 < k ? row + m : nullptr, there > column", "row + m, there > column", "a pair of rows reaches beyond the last"),
+    Mutant("cpu", "bound", CPU_LINEAR, "height = smaller(kHeight<E>, m - d);", "height = kHeight<E>;", "the last strip's rows are written beyond the outputs"),
+    Mutant("cpu", "bound", CPU_GEMM, "const bool wide = n - column > Lanes<T>::count;", "const bool wide = n - column > kColumns<T>;", "the last panel is half as wide"),
+    Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? value + load(to, there - v) : value", "value", "the last pass stands for all"),
     Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? bias[s][i / lanes] + load(to, there) : bias[s][i / lanes]", "bias[s][i / lanes]",
            "the last pass stands for all in the bias"),
+    Mutant("cpu", "index", CPU_LINEAR, "return weight + (first + r) * k;", "return weight + r * k;", "every job multiplies by the first columns"),
+    Mutant("cpu", "index", CPU_LINEAR, "const float* row = weight + r * n + first;", "const float* row = weight + r * n;",
+           "every job's input gradient is that of the first columns"),
+    Mutant("cpu", "index", CPU_LINEAR, "load(bias + first + column + v, there - v)", "load(bias + column + v, there - v)", "every job adds the first biases"),
+    Mutant("cpu", "index", CPU_GEMM, "if (start)\n        for (int i = 0; i < size", "if (start > kMostSteps)\n        for (int i = 0; i < size",
+           "of a long sum the second part is left out"),
+    Mutant("cpu", "index", CPU_GEMM, "_tile_dpbf16ps(2, 5, 6);", "_tile_dpbf16ps(2, 4, 6);", "the lower tile repeats the upper one's rows (AMX)"),
+    Mutant("cpu", "index", CPU_GEMM, "(r / (per * lanes) * height + i) * lanes;", "(r / (per * lanes) * height) * lanes;",
+           "half of a strip's columns lie where the others do (AMX)"),
     Mutant("cpu", "scale", CPU_LINEAR, "multiply_add(bias[s][i / lanes], Step<E>::one, step)", "multiply_add(bias[s][i / lanes], typename Step<E>::type(0), step)",
            "the bias has no gradient"),
     Mutant("cpu", "index", "csrc/cpu/dropout.inl", "philox(mask.seed, n, mask.stream, d, words + d);", "philox(mask.seed, n, mask.stream, d, words);",

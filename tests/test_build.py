@@ -75,12 +75,12 @@ def test_builds_both_and_then_nothing(fake_compilers):
 
 def test_flags_tie_the_build_to_no_machine(fake_compilers):
     build(fake_compilers)
-    for name in ("baseline", "avx2", "avx512", "avx512_bf16", "dispatch"):
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "dispatch"):
         path = fake_compilers / "objects" / "cpu" / f"{name}.o"
         if path.exists():
             text = path.read_text()
             assert "-march=native" not in text and "-ffast-math" not in text
-            assert ("-march=" in text) == name.startswith("avx")
+            assert ("-march=" in text) == name.startswith(("avx", "amx"))
 
 
 def test_architectures(monkeypatch):

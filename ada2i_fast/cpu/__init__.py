@@ -17,7 +17,7 @@ from .. import backends
 
 __all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

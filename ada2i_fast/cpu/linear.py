@@ -1,8 +1,9 @@
-"""The gradients of a linear map's parameters on the CPU; see ada2i_fast/ops/linear.py and csrc/cpu/linear.inl."""
+"""A linear map and its gradients on the CPU, between 16 bits and float32 parameters; see ada2i_fast/ops/linear.py and csrc/cpu/linear.inl."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +17,28 @@ class _Arguments(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in ("dtype", "threads", "rows", "inputs", "outputs")), ("tensors", ctypes.c_void_p)]
 
 
+def _call(name: str, x: Tensor, rows: int, inputs: int, outputs: int, tensors: Sequence[Tensor | None]) -> None:
+    addresses = pointers(tensors)
+    call(name, _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, ctypes.addressof(addresses)))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight, *bias = contiguous([x, weight] if bias is None else [x, weight, bias])[0]
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _call("ada2i_linear_forward", x, x.shape[0], *weight.shape[::-1], (x, weight, *(bias or [None]), out))
+    return out
+
+
+def input_gradient(grad_out: Tensor, weight: Tensor) -> Tensor:
+    (grad_out, weight), = contiguous((grad_out, weight))
+    grad_x = grad_out.new_empty(grad_out.shape[0], weight.shape[1])
+    _call("ada2i_linear_input", grad_out, grad_out.shape[0], *weight.shape[::-1], (grad_out, weight, None, grad_x))
+    return grad_x
+
+
 def backward(grad_out: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     (grad_out, x), = contiguous((grad_out, x))
     (rows, inputs), outputs = x.shape, grad_out.shape[1]
     grads = [x.new_empty((outputs, inputs), dtype=torch.float32), *([x.new_empty(outputs, dtype=torch.float32)] if bias else [])]
-    addresses = pointers((grad_out, x, *grads, *([] if bias else [None])))
-    call("ada2i_linear_backward", _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, ctypes.addressof(addresses)))
+    _call("ada2i_linear_backward", x, rows, inputs, outputs, (grad_out, x, *grads, *([] if bias else [None])))
     return grads

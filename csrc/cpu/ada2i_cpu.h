@@ -58,9 +58,11 @@ struct DropoutFused {
   void* const* tensors;
 };
 
-// The gradients of y = x W^T + b. x [rows, inputs] and grad_out [rows, outputs] are of the storage type, the gradients of the parameters float.
+// y = x W^T + b. x and grad_x [rows, inputs], y and grad_out [rows, outputs] are of the storage type, the parameters and their gradients float.
 struct Linear {
   int64_t dtype, threads, rows, inputs, outputs;
+  //   forward   x weight bias(null: none) | y
+  //   input     grad_out weight null | grad_x
   //   backward  grad_out x | grad_weight grad_bias(null: none)
   void* const* tensors;
 };
@@ -107,6 +109,10 @@ struct Ada2iTier {
   int (*dropout_norm_backward[ADA2I_DTYPES])(const DropoutFused*);
   int (*dialogue_attention_forward[ADA2I_DTYPES])(const DialogueAttention*);
   int (*dialogue_attention_backward[ADA2I_DTYPES])(const DialogueAttention*);
+  // ADA2I_BFLOAT16 alone.
+  int (*linear_forward[ADA2I_DTYPES])(const Linear*);
+  int (*linear_input[ADA2I_DTYPES])(const Linear*);
+  // None for ADA2I_FLOAT64.
   int (*linear_backward[ADA2I_DTYPES])(const Linear*);
   int (*balanced_adam_measure)(const BalancedAdam*);
   int (*balanced_adam_update)(const BalancedAdam*);

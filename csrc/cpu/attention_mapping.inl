@@ -28,7 +28,7 @@ INLINE double mapping_total(const double* coefficient, const double* partial, in
 template <class S> static int attention_mapping_forward(const AttentionMapping* args) {
   using T = Compute<S>;
   using E = Operand<S>;
-  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kRows - 1) / kRows;
+  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kHeight<E> - 1) / kHeight<E>;
   void* const* t = args->tensors;
   int64_t widest = 0, packed = 0, panels = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
@@ -56,7 +56,7 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
     }
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
       const S* target = (const S*)t[M + j] + first * D;
       const S* bias = (const S*)t[3 * M + j];
@@ -74,7 +74,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   using T = Compute<S>;
   using E = Operand<S>;
   constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
-  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kRows - 1) / kRows;
+  const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kHeight<E> - 1) / kHeight<E>;
   void* const* t = args->tensors;
   int64_t widest = 0, packed = 0, chunks = 0, totals = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
@@ -87,7 +87,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   }
   const int threads = useful_threads(args->threads, work);
   const int64_t size = left_size<E>(widest);
-  Scratch<E> right(packed), chunk(chunks), left(size > kStrips ? size : kStrips, threads);
+  Scratch<E> right(packed), chunk(chunks), left(size > kStrips<E> ? size : kStrips<E>, threads);
   Scratch<T> total(rows > kChunk ? totals : 0);
   Scratch<E*> phi(M);
   Scratch<WeightGradient<S>> gradients(M);
@@ -116,12 +116,12 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
     }
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const T factor = T(args->coefficient[j] * gradient);
       const int8_t* sign = (const int8_t*)t[M + j] + first * D;
       S* grad_x = (S*)t[3 * M + j] + first * D;
       S* grad_target = (S*)t[4 * M + j] + first * D;
-      for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kHeight<E>; ++i)
         pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
           if (i >= height) return Vector<T>{};
           auto s = load_signs<T>(sign + i * D + d, n);

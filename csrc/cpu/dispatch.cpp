@@ -3,6 +3,13 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(ADA2I_X86_TIERS)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define ADA2I_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -11,22 +18,39 @@ namespace baseline { extern const Ada2iTier tier; }
 namespace avx2 { extern const Ada2iTier tier; }
 namespace avx512 { extern const Ada2iTier tier; }
 namespace avx512_bf16 { extern const Ada2iTier tier; }
+namespace amx_bf16 { extern const Ada2iTier tier; }
 #endif
 
 namespace {
 
+#if defined(ADA2I_X86_TIERS)
+// Whether there are AMX tiles for bf16 and the system lets this process use them: their state is saved for those that ask alone.
+bool amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Tiers that this processor can run, best first, ended by null.
 const Ada2iTier* const* available() {
-  static const Ada2iTier* list[5];
+  static const Ada2iTier* list[6];
   if (list[0]) return list;
-  const Ada2iTier* found[5] = {};
+  const Ada2iTier* found[6] = {};
   int count = 0;
 #if defined(ADA2I_X86_TIERS)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-  if (v4 && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::tier;
+  const bool dot = v4 && __builtin_cpu_supports("avx512bf16");
+  if (dot && amx()) found[count++] = &amx_bf16::tier;
+  if (dot) found[count++] = &avx512_bf16::tier;
   if (v4) found[count++] = &avx512::tier;
   if (v3) found[count++] = &avx2::tier;
 #endif
@@ -54,7 +78,7 @@ const Ada2iTier* chosen() {
 // Names of the tiers that can run here, best first; null past the end.
 ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) { return available()[index] ? available()[index]->name : nullptr; }
 // Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
-ADA2I_EXPORT int ada2i_cpu_abi_version() { return 4; }
+ADA2I_EXPORT int ada2i_cpu_abi_version() { return 5; }
 
 ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 
@@ -85,6 +109,8 @@ ADA2I_TYPED(dropout_norm_forward, DropoutFused)
 ADA2I_TYPED(dropout_norm_backward, DropoutFused)
 ADA2I_TYPED(dialogue_attention_forward, DialogueAttention)
 ADA2I_TYPED(dialogue_attention_backward, DialogueAttention)
+ADA2I_TYPED(linear_forward, Linear)
+ADA2I_TYPED(linear_input, Linear)
 ADA2I_TYPED(linear_backward, Linear)
 ADA2I_ENTRY(balanced_adam_measure, BalancedAdam, balanced_adam_measure)
 ADA2I_ENTRY(balanced_adam_update, BalancedAdam, balanced_adam_update)

@@ -1,13 +1,14 @@
 // The matrix product under every op: a register-blocked micro-kernel over packed operands (Goto and van de Geijn, 2008), with the
 // left operand produced a few rows at a time by the op, and the right one packed once per call.
 //
-//   left   kRows rows. Strips of 64 bytes: strip s of row i lies at (s * kRows + i) * 64 bytes, so a row of x is copied by whole
+//   left   kHeight rows. Strips of 64 bytes: strip s of row i lies at (s * kHeight + i) * 64 bytes, so a row of x is copied by whole
 //          vectors and the micro-kernel needs one pointer. For weight gradients, which multiply by a transpose, `Columns` holds
-//          kRows consecutive numbers per step instead.
+//          kHeight consecutive numbers per step instead; not so in AMX tiles, whose left operand has one form.
 //   right  panels of kColumns columns, [steps][kColumns]; the last panel may be one vector wide.
 //
 // A step is one element of float or double, or two consecutive elements of bf16 where the tier has the bf16 dot product. There the
-// operands are rounded to bf16 and the sum is float32; elsewhere bf16 and half are widened and multiplied in float32.
+// operands are rounded to bf16 and the sum is float32; elsewhere bf16 and half are widened and multiplied in float32. AMX takes 16 steps
+// at once: operands are filled up with zeros to a whole number of those.
 
 template <class S> struct OperandOf { typedef Compute<S> type; };
 #if defined(__AVX512BF16__)
@@ -19,12 +20,21 @@ template <class E> struct Step { typedef E type; static constexpr int elements =
 template <> struct Step<bf16> { typedef uint32_t type; static constexpr int elements = 2; static constexpr type one = 0x3f803f80; };
 
 constexpr int kRows = kBytes == 64 ? 12 : 6;                                          // 24 of 32, or 12 of 16, registers accumulate
+template <class E> constexpr int kHeight = kRows;                                     // rows of the left operand
+template <class E> constexpr int kStepBlock = 1;                                      // steps come in multiples of it
+#if defined(__AMX_BF16__)
+template <> constexpr int kHeight<bf16> = 32;                                         // 2 x 2 tiles of 16 x 16 accumulate
+template <> constexpr int kStepBlock<bf16> = 16;
+#endif
 template <class T> constexpr int kColumns = 2 * Lanes<T>::count;
 
 template <class E> INLINE int64_t steps(int64_t k) { return (k + Step<E>::elements - 1) / Step<E>::elements; }
-template <class E> INLINE int64_t left_size(int64_t k) { return kRows * round_up(k, 64 / sizeof(E)) + 64; }   // see pack_columns
+template <class E> INLINE int64_t padded_steps(int64_t k) { return round_up(steps<E>(k), kStepBlock<E>); }
+template <class E> constexpr int64_t left_size(int64_t k) {                           // see pack_left_columns for what comes on top
+  return kHeight<E> * ((k * int64_t(sizeof(E)) + 63) / 64 * 64 / int64_t(sizeof(E))) + 64;
+}
 template <class E> INLINE int64_t right_size(int64_t k, int64_t n) {
-  return steps<E>(k) * Step<E>::elements * round_up(n, kColumns<Compute<E>>);
+  return padded_steps<E>(k) * Step<E>::elements * round_up(n, kColumns<Compute<E>>);
 }
 
 // ---- micro-kernel -------------------------------------------------------------------------------------------------------------
@@ -64,17 +74,69 @@ static __attribute__((noinline)) void micro_kernel(const U* left, const U* panel
     for (int v = 0; v < width; ++v) __builtin_memcpy(c + i * kColumns<T> + v * lanes, &total[i][v], kBytes);
 }
 
-// All columns of kRows rows; consume(c, column, columns) takes each tile while it is in the first-level cache.
+#if defined(__AMX_BF16__)
+// The shapes of the tiles, all of 16 rows of 64 bytes, for as long as it lives: 0 to 3 accumulate, 4 and 5 are left, 6 and 7 right.
+struct Tiles {
+  Tiles() {
+    alignas(64) uint8_t config[64] = {1};                                             // palette 1; then bytes per row and rows of each
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+template <class Layout, int width> static __attribute__((noinline)) void micro_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
+  constexpr int columns = kColumns<float>;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (; count > 0; count -= 16, left += 32 * 16, panel += 16 * columns) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, panel, 4 * columns);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, left + 16 * 16, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    if (width == 1) continue;
+    _tile_loadd(7, panel + 16, 4 * columns);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 4 * columns);
+  _tile_stored(1, c + 16, 4 * columns);
+  _tile_stored(2, c + 16 * columns, 4 * columns);
+  _tile_stored(3, c + 16 * columns + 16, 4 * columns);
+}
+template <class E> struct Engine { Engine() {} };                                     // what has to be set up before a micro-kernel
+template <> struct Engine<bf16> : Tiles {};
+#else
+template <class E> struct Engine { Engine() {} };
+#endif
+
+// At most so many steps are summed in a row, longer sums in parts: rounding errors grow with the length of a sum.
+constexpr int64_t kMostSteps = 512;
+
+// All columns of kHeight rows; consume(c, column, columns) takes each tile while it is in the first-level cache.
 template <class Layout, class E, class F>
 INLINE void multiply(const E* left, const E* right, int64_t k, int64_t n, F consume) {
   using T = Compute<E>;
   using U = typename Step<E>::type;
-  alignas(64) T c[kRows * kColumns<T>];
-  const int64_t count = steps<E>(k);
+  constexpr int size = kHeight<E> * kColumns<T>;
+  alignas(64) T c[size], part[size];
+  const int64_t count = padded_steps<E>(k);
+  const Engine<E> engine;
   for (int64_t column = 0; column < n; column += kColumns<T>) {
     auto panel = (const U*)right + column * count;
-    if (n - column > Lanes<T>::count) micro_kernel<Layout, 2>((const U*)left, panel, count, c);
-    else micro_kernel<Layout, 1>((const U*)left, panel, count, c);
+    const bool wide = n - column > Lanes<T>::count;
+    for (int64_t start = 0; start == 0 || start < count; start += kMostSteps) {
+      T* to = start ? part : c;
+      const int64_t steps_here = smaller(kMostSteps, count - start);
+      const U *from = (const U*)left + start * kHeight<E>, *times = panel + start * kColumns<T>;
+      if (wide) micro_kernel<Layout, 2>(from, times, steps_here, to);
+      else micro_kernel<Layout, 1>(from, times, steps_here, to);
+      if (start)
+        for (int i = 0; i < size; i += Lanes<T>::count) store(c + i, load(c + i) + load(part + i));
+    }
     consume(c, column, smaller(n - column, kColumns<T>));
   }
 }
@@ -85,13 +147,13 @@ INLINE void multiply(const E* left, const E* right, int64_t k, int64_t n, F cons
 template <class E, class F> INLINE void pack_left(E* left, int i, int64_t k, F load_at) {
   using T = Compute<E>;
   constexpr int lanes = Lanes<T>::count, strip = 64 / sizeof(E);
-  for (int64_t d = 0; d < round_up(k, Step<E>::elements); d += lanes)
-    store(left + (d / strip * kRows + i) * strip + d % strip, load_at(d, smaller(lanes, k - d)));
+  for (int64_t d = 0; d < padded_steps<E>(k) * Step<E>::elements; d += lanes)
+    store(left + (d / strip * kHeight<E> + i) * strip + d % strip, d < k ? load_at(d, smaller(lanes, k - d)) : Vector<T>{});
 }
 
-// kRows rows of the left operand from rows of k numbers as they stand; those past `height` are zero.
+// kHeight rows of the left operand from rows of k numbers as they stand; those past `height` are zero.
 template <class E, class S> INLINE void pack_left_rows(E* left, const S* rows, int64_t k, int64_t height) {
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kHeight<E>; ++i)
     pack_left(left, i, k, [&](int64_t d, int64_t n) { return i < height ? load(rows + i * k + d, n) : Vector<Compute<S>>{}; });
 }
 
@@ -105,10 +167,10 @@ template <class T, class S> INLINE Vector<T> steps_at(T*, const S* p, int64_t n)
 #if defined(__AVX512BF16__)
 INLINE void pack_left_rows(bf16* left, const bf16* rows, int64_t k, int64_t height) {
   constexpr int64_t strip = 32;
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kHeight<bf16>; ++i)
     for (int64_t d = 0; d < k; d += strip) {
       const int64_t n = i < height ? smaller(strip, k - d) : 0;
-      _mm512_storeu_si512(left + d * kRows + i * strip, _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, rows + i * k + d));
+      _mm512_storeu_si512(left + d * kHeight<bf16> + i * strip, _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, rows + i * k + d));
     }
 }
 
@@ -131,18 +193,20 @@ INLINE Vector<uint32_t> steps_at(uint32_t*, const bf16* p, int64_t n) {
 }
 #endif
 
-// Step number r / elements of the right operand from row r of n numbers (and, for bf16, the next one) as they stand. With `one`, a column
-// of ones follows them.
+// Step number r / elements of the right operand from row r of n numbers (and, for bf16, the next one) as they stand; the last one fills up
+// with zeros. With `one`, a column of ones follows them.
 template <class E, class R> INLINE void pack_right(E* right, int64_t r, int64_t k, int64_t n, const R* row, const R* next, bool one) {
   using U = typename Step<E>::type;
   constexpr int lanes = Lanes<U>::count;
   constexpr int64_t columns = kColumns<Compute<E>>;
-  const int64_t count = steps<E>(k);
-  U* out = (U*)right + r / Step<E>::elements * columns;
+  const int64_t count = padded_steps<E>(k), place = r / Step<E>::elements;
   for (int64_t d = 0; d < n + one; d += lanes) {
+    U* panel = (U*)right + d / columns * columns * count + d % columns;
     auto step = row_step((U*)0, row + d, next ? next + d : nullptr, n - d);
     if (one && n - d < lanes) step[n - d] = Step<E>::one;
-    __builtin_memcpy(out + d / columns * columns * count + d % columns, &step, kBytes);
+    __builtin_memcpy(panel + place * columns, &step, kBytes);
+    if (kStepBlock<E> > 1 && r + Step<E>::elements >= k)
+      for (int64_t filler = place + 1; filler < count; ++filler) __builtin_memset(panel + filler * columns, 0, kBytes);
   }
 }
 
@@ -155,7 +219,7 @@ template <class E, class S> INLINE void pack_weight_rows(E* right, const S* weig
 template <class E, class F> static void pack_transposed(E* right, F row, int64_t k, int64_t n, int64_t column) {
   using U = typename Step<E>::type;
   constexpr int lanes = Lanes<U>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements;
-  const int64_t count = steps<E>(k);
+  const int64_t count = padded_steps<E>(k);
   U* panel = (U*)right + column * count;
   for (int64_t c = 0; c < smaller(columns, n - column); c += lanes)
     for (int64_t step = 0; step < count; step += lanes) {
@@ -175,7 +239,8 @@ template <class E, class F> static void pack_transposed(E* right, F row, int64_t
 constexpr int64_t kChunk = 512;   // rows of the batch per pass
 constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every step
 
-constexpr int kGroup = 48 / kRows; // strips of kRows columns that one job packs side by side: a row's share is a cache line or a few
+// Strips of kHeight columns that one job packs side by side: a row's share is a cache line or a few.
+template <class E> constexpr int kGroup = kHeight<E> < 24 ? 48 / kHeight<E> : 2;
 
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
@@ -192,8 +257,44 @@ template <class S, class P = S> struct WeightGradient {
 };
 
 // Scratch per thread of weight_gradients. Whole vectors are stored, so the last step of a strip writes past its end.
-constexpr int64_t kStrip = kRows * kChunk + 64;
-constexpr int64_t kStrips = kGroup * kStrip;
+template <class E> constexpr int64_t kStrip = left_size<E>(kChunk);
+template <class E> constexpr int64_t kStrips = kGroup<E> * kStrip<E>;
+
+// `count` steps of `strips` left operands, kHeight columns each, from the transpose of k rows of m numbers, of which `there` are left from
+// `left` on; strip s begins at to + s * each. see(s, i, step) gets the step of columns i to i + lanes of strip s.
+template <class E, class L, class F>
+INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int64_t there, int64_t k, int64_t strips, F see) {
+  using U = typename Step<E>::type;
+  constexpr int per = Step<E>::elements, lanes = Lanes<U>::count, height = kHeight<E>;
+  auto step_at = [&](int64_t r, int64_t column) __attribute__((always_inline)) {
+    const L* row = left + r * m + column;
+    return row_step((U*)0, row, r + 1 < k ? row + m : nullptr, there > column ? there - column : 0);
+  };
+  if constexpr (kStepBlock<E> == 1) {
+    for (int64_t r = 0; r < k; r += per)
+      for (int64_t s = 0; s < strips; ++s)
+        for (int i = 0; i < height; i += lanes) {
+          const auto step = step_at(r, s * height + i);
+          __builtin_memcpy((U*)(to + s * each) + r / per * height + i, &step, kBytes);
+          see(s, i, step);
+        }
+  } else {                                                    // a strip's rows are columns here: squares of vectors change sides
+    for (int64_t r = 0; r < k; r += per * lanes)
+      for (int64_t s = 0; s < strips; ++s)
+        for (int i = 0; i < height; i += lanes) {
+          Vector<U> square[lanes];
+#pragma GCC unroll 16
+          for (int step = 0; step < lanes; ++step) {
+            square[step] = r + per * step < k ? step_at(r + per * step, s * height + i) : Vector<U>{};
+            see(s, i, square[step]);
+          }
+          transpose_square<U>(square);
+          U* out = (U*)(to + s * each) + (r / (per * lanes) * height + i) * lanes;
+#pragma GCC unroll 16
+          for (int row = 0; row < lanes; ++row) __builtin_memcpy(out + row * lanes, &square[row], kBytes);
+        }
+  }
+}
 
 // One pass: adds kChunk rows from `start` on, or those that are left. Called by all threads of a parallel region, pass after pass, and once
 // where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
@@ -205,7 +306,7 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   using E = Operand<S>;
   using T = Compute<S>;
   using U = typename Step<E>::type;
-  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count, group = kGroup * kRows;
+  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count, group = kGroup<E> * kHeight<E>;
   int64_t groups = 0;
   for (int p = 0; p < count; ++p) groups += (gradients[p].m + group - 1) / group;
 
@@ -234,23 +335,15 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
     const WeightGradient<S, P> g = gradients[p];
     const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
-    const int used = int((smaller(group, g.m - first) + kRows - 1) / kRows);
+    const int used = int((smaller(group, g.m - first) + kHeight<E> - 1) / kHeight<E>);
     auto pack = [&](auto* left) __attribute__((always_inline)) {
-      for (int64_t r = 0; r < k; r += per) {
-        auto* row = left + r * g.m + first;
-        auto* next = r + 1 < k ? row + g.m : nullptr;
-        for (int s = 0; s < used; ++s)
-          for (int i = s * kRows; i < (s + 1) * kRows; i += lanes) {
-            auto step = row_step((U*)0, row + i, next ? next + i : nullptr, g.m - first > i ? g.m - first - i : 0);
-            __builtin_memcpy((U*)(strips + s * kStrip) + r / per * kRows + i - s * kRows, &step, kBytes);
-          }
-      }
+      pack_left_columns(strips, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, Vector<U>) {});
     };
     if (g.left) pack(g.left);
     else pack(g.signs + start * g.m);
     for (int s = 0; s < used; ++s) {
-      const int64_t d = first + s * kRows, height = smaller(kRows, g.m - d);
-      multiply<Columns>(strips + s * kStrip, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
+      const int64_t d = first + s * kHeight<E>, height = smaller(kHeight<E>, g.m - d);
+      multiply<Columns>(strips + s * kStrip<E>, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
         const bool last = start + k == rows;
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes) {

@@ -5,13 +5,14 @@ constexpr int kMaxRank = 32;
 
 template <class S> struct Ring {
   using T = Compute<S>;
+  using E = Operand<S>;
   static constexpr int lanes = Lanes<T>::count;
   const TensorRing* args;
   int64_t M, R, padded, rows, tiles;
   Scratch<T> contracted;   // C_j[b], then its transpose, [M][B][2][R][padded]
 
   explicit Ring(const TensorRing* a)
-      : args(a), M(a->modalities), R(a->rank), padded(round_up(R, lanes)), rows(a->rows), tiles((rows + kRows - 1) / kRows),
+      : args(a), M(a->modalities), R(a->rank), padded(round_up(R, lanes)), rows(a->rows), tiles((rows + kHeight<E> - 1) / kHeight<E>),
         contracted(M > 1 ? M * a->dialogues * 2 * R * padded : 0) {}
 
   T* C(int64_t j, int64_t b) const { return contracted.data + (j * args->dialogues + b) * 2 * R * padded; }
@@ -154,7 +155,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
   Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
   Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
   const int64_t stacked = round_up(4 * R, kColumns<T>), tile_row = round_up(widest, kColumns<T>);
-  Scratch<T> bias_of(M * stacked), tile_target(mapping ? kRows * tile_row : 0, threads);
+  Scratch<T> bias_of(M * stacked), tile_target(mapping ? kHeight<E> * tile_row : 0, threads);
   Scratch<double> partial(mapping ? M * tiles : 0);
   Scratch<E*> projection(M), map(M), phi(M);
   Scratch<T*> saved(2 * M);                                    // projections and means
@@ -201,7 +202,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     // q1 q2 k1 k2
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
       const T* bias = bias_of.data + j * stacked;
       T* out = saved.data[j] + first * 4 * R;
@@ -233,14 +234,14 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     // the bilinear map, whose left operand u w^T is made here, and the gate; then the loss, while its target is in cache
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * tiles; ++job) {
-      const int64_t j = job / tiles, first = job % tiles * kRows, height = smaller(kRows, rows - first), D = args->widths[j];
+      const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
       const P* bias = (const P*)t[MAP_BIAS * M + j];
       S* out = (S*)t[OUT * M + j] + first * D;
       S* target = t[TARGET * M + j] ? (S*)t[TARGET * M + j] + first * D : nullptr;
       S* attention = saving ? (S*)t[ATTENTION * M + j] + first * D : nullptr;
       int64_t b = ring.dialogue(first);
-      for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kHeight<E>; ++i) {
         if (i < height) {
           alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
           while (args->offsets[b + 1] <= first + i) ++b;
@@ -286,7 +287,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   using E = Operand<S>;
   constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
   Ring<S> ring(args);
-  const int64_t M = ring.M, R = ring.R, padded = ring.padded, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
+  const int64_t M = ring.M, R = ring.R, padded = ring.padded, rows = ring.rows, B = args->dialogues;
   const int64_t matrix = R * padded;
   enum { X, PROJ_WEIGHT, MAP = 5, PROJ, MEAN, ATTENTION, GRAD_OUT, GRAD_TARGET, GRAD_X, GRAD_PROJ_WEIGHT, GRAD_PROJ_BIAS, GRAD_MAP,
          GRAD_MAP_BIAS, PHI, SIGN, GRAD_PHI, GRAD_PHI_BIAS };
@@ -304,14 +305,14 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   }
   const int threads = useful_threads(args->threads, work);
   const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
-  Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips ? left_most : kStrips, threads);
+  Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips<E> ? left_most : kStrips<E>, threads);
   // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
   Scratch<E> gradient(smaller(rows, kChunk) * columns_of_all);
-  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kRows * sums_size, threads);
+  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kHeight<E> * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
   const int64_t tile_row = round_up(widest, kColumns<T>);
-  Scratch<T> tile_mapping(mapping ? kRows * tile_row : 0, threads);
+  Scratch<T> tile_mapping(mapping ? kHeight<E> * tile_row : 0, threads);
   Scratch<E*> map(M), projection(M), phi(M);
   const int count = int(mapping ? 3 * M : 2 * M);
   Scratch<WeightGradient<S, P>> gradients(count);
@@ -375,10 +376,10 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
 
     // g_att and the direct part of g_x, with the loss's; then S = g_att W, contracted with w and u while it is in cache
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
-      const int64_t here = smaller(kChunk, rows - start), passed = (here + kRows - 1) / kRows;
+      const int64_t here = smaller(kChunk, rows - start), passed = (here + kHeight<E> - 1) / kHeight<E>;
 #pragma omp for schedule(dynamic)
       for (int64_t job = 0; job < M * passed; ++job) {
-        const int64_t j = job / passed, place = job % passed * kRows, first = start + place, height = smaller(kRows, here - place);
+        const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         const S* x = (const S*)t[j] + first * D;
         const S* attention = (const S*)t[ATTENTION * M + j] + first * D;
@@ -389,7 +390,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         E* g_att = (E*)gradients.data[j].left + place * D;
         if (mapping) {
-          for (int i = 0; i < kRows; ++i)
+          for (int i = 0; i < kHeight<E>; ++i)
             pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
           multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
             for (int i = 0; i < height; ++i)
@@ -397,7 +398,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
                 store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
           });
         }
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kHeight<E>; ++i) {
           uint32_t words[kWords];
           pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
             if (i >= height) return Vector<T>{};
@@ -486,10 +487,10 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
 
     // gradients of u, v and the projections; the indirect part of g_x
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
-      const int64_t here = smaller(kChunk, rows - start), passed = (here + kRows - 1) / kRows;
+      const int64_t here = smaller(kChunk, rows - start), passed = (here + kHeight<E> - 1) / kHeight<E>;
 #pragma omp for schedule(dynamic)
       for (int64_t job = 0; job < M * passed; ++job) {
-        const int64_t j = job / passed, place = job % passed * kRows, first = start + place, height = smaller(kRows, here - place);
+        const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         E* g_proj = (E*)gradients.data[M + j].left + place * 4 * R;

@@ -85,10 +85,14 @@ INLINE Vector<float> widen(Vector16 raw, const half*) {
 INLINE Vector<float> narrow(Vector<float> value, const float*) { return value; }
 INLINE Vector<double> narrow(Vector<double> value, const double*) { return value; }
 INLINE Vector16 narrow(Vector<float> value, const bf16*) {
+#if defined(__AVX512BF16__)
+  return (Vector16)_mm512_cvtneps_pbh((__m512)value);                      // subnormals become 0
+#else
   auto bits = (Vector<uint32_t>)value;
   auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;               // to nearest, ties to even
   auto nan = (Vector<uint32_t>)(value != value);
   return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Vector16);
+#endif
 }
 INLINE Vector16 narrow(Vector<float> value, const half*) {
 #if defined(ADA2I_MASKS)
