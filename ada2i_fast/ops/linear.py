@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["linear"]
+__all__ = ["KEPT", "linear", "product_backward", "product_forward"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -148,33 +148,52 @@ def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     return _PARAMETERS[name](grad, x, bias)
 
 
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)               # `to` alone takes ten times as long to find that out
+
+
+KEPT = 5                         # what `product_forward` keeps, as flat as autograd saves tensors
+
+
+def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """`linear` where a library of the CPU serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read."""
+    rounded_x, rounded_weight = _cast(x, dtype), _cast(weight, dtype)
+    y = _product("forward", rounded_x, rounded_weight, None if bias is None else _cast(bias, dtype), relu)
+    return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
+
+
+def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool, needs_weight: bool, needs_bias: bool,
+                     bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias in their dtypes, None for those not needed. Called without autocast; in grad mode (create_graph=True)
+    they are expressions with derivatives of their own."""
+    x, weight, rounded_x, rounded_weight, y = kept
+    if y is not None:
+        grad = grad * (y > 0)
+    if torch.is_grad_enabled():
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
+        return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
+    grad_x = _cast(_product("input", grad, rounded_weight.t()), x.dtype) if needs_x else None
+    if not needs_weight:
+        return grad_x, None, grad.sum(0, dtype=bias_dtype) if needs_bias else None
+    grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)
+    return grad_x, _cast(grad_weight, weight.dtype), _cast(grad_bias[0], bias_dtype) if needs_bias else None
+
+
 class _Linear(torch.autograd.Function):
     """dtype: that of the products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, relu, dtype):
-        rounded = x.to(dtype), weight.to(dtype)
-        y = _product("forward", *rounded, None if bias is None else bias.to(dtype), relu)
-        ctx.save_for_backward(x, weight, *rounded, y if relu else None)
+        y, kept = product_forward(x, weight, bias, relu, dtype)
+        ctx.save_for_backward(*kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, rounded_x, rounded_weight, y = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if y is not None:
-            grad = grad * (y > 0)
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():                         # create_graph=True: expressions with derivatives of their own
-                grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
-                grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
-                return grad_x, grad_weight, grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None
-            grad_x = _product("input", grad, rounded_weight.t()).to(x.dtype) if needs_x else None
-            if not needs_weight:
-                return grad_x, None, grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None
-            grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)
-            return grad_x, grad_weight.to(weight.dtype), grad_bias[0].to(ctx.bias_dtype) if needs_bias else None, None, None
+            return *product_backward(grad, ctx.saved_tensors, *ctx.needs_input_grad[:3], ctx.bias_dtype), None, None
 
 
 def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -199,4 +218,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
         return F.relu(y) if relu else y
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, relu, dtype)
-    return _product("forward", x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), relu)
+    return product_forward(x, weight, bias, relu, dtype)[0]
