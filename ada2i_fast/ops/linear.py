@@ -8,11 +8,12 @@ g_x and g_W) is timed once per process, shape and number of threads, with the te
 ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails,
 "auto" stays with MKL.
 
-Under autocast to bfloat16 or float16 the products run in that dtype through torch, which has oneDNN for them. x and W are rounded once
-per call and the rounded ones kept for backward, so a weight is cast once per step; g_W and g_b come out in the parameters' dtype, g_x in
-that of x. torch rounds g_W to the 16 bits and widens it; this package's own product (csrc/cpu/linear.inl) writes g_W in float32, with g_b
-from the same pass, as summed in float32. "auto" times the two as above, "native" takes its own, with any other name torch has them all;
-in float32 "native" is "auto". Everything else (other dtypes and devices, tracing) is `F.linear`.
+Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_b come out in the parameters' dtype, g_x in that of x. torch
+has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W
+is rounded to the 16 bits and widened again. This package's own products (csrc/cpu/linear.inl) round a float32 W where they pack it, in
+either direction (bfloat16, where the tier multiplies it), and write g_W in float32, with g_b from the same pass, as summed in float32.
+"auto" times the two as above, y and g_x together with the cast; "native" takes its own, with any other name torch has them all; in float32
+"native" is "auto". Everything else (other dtypes and devices, tracing) is `F.linear`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, r
     return _RUN[library](x, weight, bias, relu)
 
 
+def _may_take_own(x: Tensor) -> str | None:
+    """"auto" or "native" where this package's own products of 16 bits come into question."""
+    library = _library()
+    return library if library in ("auto", "native") and backends.best("linear", "cpu", x.dtype, x.shape[1]) == "cpu" else None
+
+
 def _measure(runs: dict[str, Callable], *arguments) -> str:
     """The faster one, by the best of three alternating runs."""
     best = {}
@@ -136,9 +143,8 @@ _PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torc
 
 def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     """g_W and, with `bias`, g_b, in float32; of 16-bit ones by the faster way at this size, as `_product`."""
-    library = _library()
     name = "torch"
-    if library in ("auto", "native") and grad.dtype != torch.float32 and backends.best("linear", "cpu", grad.dtype, x.shape[1]) == "cpu":
+    if grad.dtype != torch.float32 and (library := _may_take_own(x)):
         (rows, inputs), outputs, name = x.shape, grad.shape[1], "native"
         if library == "auto" and rows * inputs * outputs >= _SMALL:
             key = ("parameters", rows.bit_length(), inputs, outputs, torch.get_num_threads(), grad.dtype, bias)
@@ -152,13 +158,49 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)               # `to` alone takes ten times as long to find that out
 
 
+def _rounding_torch(x: Tensor, weight: Tensor) -> Tensor:
+    rounded = weight.to(x.dtype)
+    return F.linear(x, rounded) @ rounded
+
+
+def _rounding_native(x: Tensor, weight: Tensor) -> Tensor:
+    module = backends.module("linear", "cpu")
+    return module.input_gradient(module.forward(x, weight, None), weight)
+
+
+# y, and g_x for a g of that shape, from a weight in float32.
+_ROUNDING: dict[str, Callable[..., Tensor]] = {"torch": _rounding_torch, "native": _rounding_native}
+
+
+def _packs_itself(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products of bf16 x with a float32 weight, which round it, are this package's own."""
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or not (library := _may_take_own(x)):
+        return False
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    if library == "native":
+        return True
+    if rows * inputs * outputs < _SMALL:
+        return False
+    key = ("rounding", rows.bit_length(), inputs, outputs, torch.get_num_threads())
+    name = _chosen.get(key)
+    if name is None:
+        # Without bf16 products of its own the tier multiplies in float32, and is not worth its measurement.
+        name = _chosen[key] = _measure(_ROUNDING, x, weight) if cpu.tier() in cpu.BF16_TIERS else "torch"
+    return name == "native"
+
+
 KEPT = 5                         # what `product_forward` keeps, as flat as autograd saves tensors
 
 
 def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """`linear` where a library of the CPU serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read."""
-    rounded_x, rounded_weight = _cast(x, dtype), _cast(weight, dtype)
-    y = _product("forward", rounded_x, rounded_weight, None if bias is None else _cast(bias, dtype), relu)
+    rounded_x = _cast(x, dtype)
+    if _packs_itself(rounded_x, weight):
+        rounded_weight, y = None, backends.module("linear", "cpu").forward(rounded_x, weight, None if bias is None else _cast(bias, weight.dtype))
+        y = y.relu_() if relu else y
+    else:
+        rounded_weight = _cast(weight, dtype)
+        y = _product("forward", rounded_x, rounded_weight, None if bias is None else _cast(bias, dtype), relu)
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
 
 
@@ -173,7 +215,11 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
         grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
         grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
-    grad_x = _cast(_product("input", grad, rounded_weight.t()), x.dtype) if needs_x else None
+    grad_x = None
+    if needs_x:
+        own = rounded_weight is None
+        grad_x = backends.module("linear", "cpu").input_gradient(grad, weight) if own else _product("input", grad, rounded_weight.t())
+        grad_x = _cast(grad_x, x.dtype)
     if not needs_weight:
         return grad_x, None, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)

@@ -259,7 +259,7 @@ def test_who_computes_the_parameters_gradients(name, dtype, monkeypatch):
     used, measured = [], []
     runs = {key: (lambda key, run: lambda *a: (used.append(key), run(*a))[1])(key, run) for key, run in op._PARAMETERS.items()}
     monkeypatch.setattr(op, "_PARAMETERS", runs)
-    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append([*runs]), [*runs][-1])[1])
+    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append(runs), [*runs][-1])[1])
     x, w, b, grad = case(40, 24, 16)
 
     def under(*tensors, **options):
@@ -269,7 +269,7 @@ def test_who_computes_the_parameters_gradients(name, dtype, monkeypatch):
     for rows in (40, 33):
         run(under, x[:rows], w, b, grad[:rows].to(dtype))
     assert used == (["torch"] * 2 if name in ("mkl", "onednn") else ["native"] * 2)
-    assert [names for names in measured if "native" in names] == ([["torch", "native"]] if name == "auto" else [])
+    assert [asked for asked in measured if asked is runs] == ([runs] if name == "auto" else [])
     used.clear()
     monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
     run(under, x, w, b, grad.to(dtype))
@@ -295,6 +295,97 @@ def test_parameters_keep_their_types(kinds, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         linear(x, w, b).backward(grad.bfloat16())
     assert b.grad.dtype == kinds[1]
+
+
+# ------------------------------------------------------------------------------- bf16 rows by a weight that is rounded on the way
+
+
+def weighed(rows, inputs, outputs, seed=0):
+    """x and grad in bf16; weight and bias in float32."""
+    x, w, b, grad = case(rows, inputs, outputs, seed=seed)
+    return x.bfloat16(), w, b, grad.bfloat16()
+
+
+def own_products(x, w, b, grad):
+    module = importlib.import_module("ada2i_fast.cpu.linear")
+    return [module.forward(x, w, b), module.forward(x, w, None), module.input_gradient(grad, w)]
+
+
+@needs_native
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (1, 7, 5), (3, 1, 12), (33, 257, 65), (500, 33, 300), (96, 130, 31), (70, 2050, 40), (40, 48, 1300)])
+def test_products_that_round_the_weight(tier, sizes, monkeypatch):
+    """At most twice the error of torch, which rounds the weight before, or a rounding of the largest element. Every element is written, and
+    nothing beside."""
+    x, w, b, grad = weighed(*sizes)
+    exact = [F.linear(x.double(), w.double(), b.double()), F.linear(x.double(), w.double()), grad.double() @ w.double()]
+    rounded = w.bfloat16()
+    usual = [F.linear(x, rounded, b.bfloat16()), F.linear(x, rounded), grad @ rounded]
+    (x, _), (w, _), (b, _), (grad, _) = (guarded(t) for t in (x, w, b, grad))
+    buffers = []
+
+    def fenced(t, *shape):
+        inside, buffer = guarded(torch.full(shape, float("nan"), dtype=t.dtype))
+        buffers.append((buffer, inside.numel()))
+        return inside
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fenced)
+    found = own_products(x, w, b, grad)
+    for buffer, size in buffers:
+        assert int(buffer.isnan().sum()) == buffer.numel() - size and buffer[:67].isnan().all()
+    for got, u, e in zip(found, usual, exact, strict=True):
+        assert got.dtype == torch.bfloat16 and got.shape == e.shape
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 2.0 ** -8 * e.abs().max()
+
+
+@needs_native
+def test_products_have_the_same_bits_with_all_threads(tier):
+    given = weighed(150, 330, 700)
+    assert_same_bits_with_threads(lambda: own_products(*given), (1, 2, 3, 1))
+
+
+@needs_native
+def test_products_of_strided_and_empty_tensors(tier):
+    x, w, b, grad = weighed(40, 24, 16)
+    expected = own_products(x, w, b, grad)
+    for view in (lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :t.shape[1]], lambda t: torch.stack([t, t], 2)[:, :, 1]):
+        assert all(torch.equal(a, e) for a, e in zip(own_products(view(x), view(w), b, view(grad)), expected))
+    for rows, inputs, outputs in ((0, 24, 16), (40, 0, 16), (40, 24, 0)):
+        y, bare, grad_x = own_products(x[:rows, :inputs], w[:outputs, :inputs], b[:outputs], grad[:rows, :outputs])
+        assert y.shape == bare.shape == (rows, outputs) and grad_x.shape == (rows, inputs)
+        assert not bare.numel() or torch.equal(bare, torch.zeros_like(bare) if not inputs else expected[1])
+        assert not grad_x.numel() or torch.equal(grad_x, torch.zeros_like(grad_x) if not outputs else expected[2])
+
+
+@needs_native
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", op.LIBRARIES)
+def test_who_rounds_the_weight(tier, name, relu, monkeypatch):
+    """By name, or the winner of one measurement per shape class where the tier multiplies bf16. No rounded weight is kept then."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", name)
+    monkeypatch.setattr(op, "_SMALL", 0)
+    monkeypatch.setattr(op, "_chosen", {})
+    measured = []
+    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append(runs), [*runs][-1])[1])
+    x, w, b, grad = case(40, 24, 16)
+    able = cpu.tier() in cpu.BF16_TIERS
+    own = name == "native" or name == "auto" and able
+    for rows in (40, 33):
+        y, kept = op.product_forward(x[:rows], w, b, relu, torch.bfloat16)
+        assert (kept[3] is None) == own
+    assert measured.count(op._ROUNDING) == (name == "auto" and able)
+    exact = run(plain, x.double(), w.double(), b.double(), grad.double(), relu=relu)
+
+    def under(*tensors, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(*tensors, **options)
+
+    for got, e, dtype in zip(run(under, x, w, b, grad.bfloat16(), relu=relu), exact, (torch.bfloat16, *[torch.float32] * 3), strict=True):
+        assert got.dtype == dtype and (got - e).norm() <= 4 * 2.0 ** -8 * e.norm()      # x, w, g and the product are rounded
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
+    assert op.product_forward(x, w, b, relu, torch.bfloat16)[1][3] is not None
+    monkeypatch.delenv("ADA2I_FAST_BACKEND")
+    for dtype, weight in ((torch.float16, w), (torch.bfloat16, w.bfloat16())):
+        assert op.product_forward(x, weight, b.to(weight.dtype), relu, dtype)[1][3] is not None
 
 
 def test_missing_native(monkeypatch):
