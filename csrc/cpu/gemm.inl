@@ -85,12 +85,20 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-template <class Layout, int width> static __attribute__((noinline)) void micro_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
+// c (+)= left * panel
+template <int width, bool add> static __attribute__((noinline)) void tile_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
   constexpr int columns = kColumns<float>;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (add) {
+    _tile_loadd(0, c, 4 * columns);
+    _tile_loadd(1, c + 16, 4 * columns);
+    _tile_loadd(2, c + 16 * columns, 4 * columns);
+    _tile_loadd(3, c + 16 * columns + 16, 4 * columns);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (; count > 0; count -= 16, left += 32 * 16, panel += 16 * columns) {
     _tile_loadd(4, left, 64);
     _tile_loadd(6, panel, 4 * columns);
@@ -106,6 +114,9 @@ template <class Layout, int width> static __attribute__((noinline)) void micro_k
   _tile_stored(1, c + 16, 4 * columns);
   _tile_stored(2, c + 16 * columns, 4 * columns);
   _tile_stored(3, c + 16 * columns + 16, 4 * columns);
+}
+template <class Layout, int width> INLINE void micro_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
+  tile_kernel<width, false>(left, panel, count, c);
 }
 template <class E> struct Engine { Engine() {} };                                     // what has to be set up before a micro-kernel
 template <> struct Engine<bf16> : Tiles {};
@@ -141,6 +152,40 @@ INLINE void multiply(const E* left, const E* right, int64_t k, int64_t n, F cons
   }
 }
 
+constexpr int kTogether = 16;       // left operands that multiply_all takes together
+template <class E> INLINE int64_t sums_size(int64_t n) { return kStepBlock<E> > 1 ? kTogether * kHeight<E> * round_up(n, kColumns<Compute<E>>) : 0; }
+
+// The same for `strips` left operands, `each` apart; consume(strip, c, column, columns). sums: scratch of sums_size(n).
+template <class E, class F>
+INLINE void multiply_all(const E* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, Compute<E>* sums, F consume) {
+#if defined(__AMX_BF16__)
+  // Tiles are faster than the second-level cache: a part of the depth at a time, of which a panel stays in the first and the left operands
+  // in the second.
+  if constexpr (kStepBlock<E> > 1) {
+    constexpr int64_t part = 128, size = kHeight<E> * kColumns<float>;
+    typedef void Kernel(const uint32_t*, const uint32_t*, int64_t, float*);
+    static Kernel* const kernels[2][2] = {{tile_kernel<1, false>, tile_kernel<1, true>}, {tile_kernel<2, false>, tile_kernel<2, true>}};
+    const int64_t count = padded_steps<E>(k);
+    const Engine<E> engine;
+    for (int64_t first = 0; first < strips; first += kTogether) {
+      const int64_t here = smaller(kTogether, strips - first);
+      auto sum = [&](int64_t strip, int64_t column) { return sums + (column / kColumns<float> * kTogether + strip) * size; };
+      for (int64_t start = 0; start == 0 || start < count; start += part)
+        for (int64_t column = 0; column < n; column += kColumns<float>)
+          for (int64_t strip = 0; strip < here; ++strip)
+            kernels[n - column > Lanes<float>::count][start > 0](
+                (const uint32_t*)(left + (first + strip) * each) + start * kHeight<E>, (const uint32_t*)right + column * count + start * kColumns<float>,
+                smaller(part, count - start), sum(strip, column));
+      for (int64_t column = 0; column < n; column += kColumns<float>)
+        for (int64_t strip = 0; strip < here; ++strip) consume(first + strip, sum(strip, column), column, smaller(n - column, kColumns<float>));
+    }
+    return;
+  }
+#endif
+  for (int64_t strip = 0; strip < strips; ++strip)
+    multiply<Strips>(left + strip * each, right, k, n, [&](auto* c, int64_t column, int64_t columns) { consume(strip, c, column, columns); });
+}
+
 // ---- packing ------------------------------------------------------------------------------------------------------------------
 
 // Row i of the left operand, k elements; load(column, n) gives a vector.
@@ -174,16 +219,21 @@ INLINE void pack_left_rows(bf16* left, const bf16* rows, int64_t k, int64_t heig
     }
 }
 
-// Operands of bf16 in the lower halves of the lanes. The conversion takes subnormals for 0, as the dot product does.
-INLINE Vector<uint32_t> bf16_lanes(const bf16* p, int64_t n) {
-  return (Vector<uint32_t>)_mm512_cvtepu16_epi32((__m256i)masked(p, n < 16 ? (1u << n) - 1 : ~0u));
+// 16 operands of bf16. The conversion takes subnormals for 0, as the dot product does.
+INLINE __m256i bf16_operands(const bf16* p, int64_t n) { return (__m256i)masked(p, n < 16 ? (1u << n) - 1 : ~0u); }
+// Lane i holds the operands i of two rows.
+INLINE Vector<uint32_t> interleave_rows(__m512i rows) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Vector<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(order), rows);
 }
-template <class L> INLINE Vector<uint32_t> bf16_lanes(const L* p, int64_t n) {
-  return (Vector<uint32_t>)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load_as<float>(p, n)));
+INLINE Vector<uint32_t> row_step(uint32_t*, const bf16* row, const bf16* next, int64_t n) {
+  const __m256i second = next ? bf16_operands(next, n) : __m256i{};
+  return interleave_rows(_mm512_inserti64x4(_mm512_castsi256_si512(bf16_operands(row, n)), second, 1));
 }
 template <class L> INLINE Vector<uint32_t> row_step(uint32_t*, const L* row, const L* next, int64_t n) {
-  auto pair = bf16_lanes(row, n);
-  return next ? pair | bf16_lanes(next, n) << 16 : pair;
+  const auto second = next ? load_as<float>(next, n) : Vector<float>{};
+  return interleave_rows((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)load_as<float>(row, n)));
 }
 INLINE Vector<uint32_t> steps_at(uint32_t*, const float* p, int64_t n) {
   return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)load(p + 16, n > 16 ? n - 16 : 0), (__m512)load(p, n));

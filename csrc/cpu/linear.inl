@@ -19,7 +19,8 @@ template <class S, bool transposed> static int linear_product(const Linear* args
   const int64_t panels = (n + columns - 1) / columns, turns = (panels + threads * kMostPanels - 1) / (threads * kMostPanels);
   const int64_t together = turns ? (panels + threads * turns - 1) / (threads * turns) : 1, groups = (panels + together - 1) / together;
   Scratch<E> left(strips * each), right(right_size<E>(k, together * columns), threads);
-  if (!left.ok() || !right.ok()) return 1;
+  Scratch<float> sums(sums_size<E>(together * columns), threads);
+  if (!left.ok() || !right.ok() || !sums.ok()) return 1;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -41,16 +42,14 @@ template <class S, bool transposed> static int linear_product(const Linear* args
           pack_right(own, r, k, width, row, r + 1 < k ? row + n : nullptr, false);
         }
       }
-      for (int64_t strip = 0; strip < strips; ++strip) {
+      multiply_all(left.data, each, strips, own, k, width, sums.of(omp_get_thread_num()), [&](int64_t strip, const float* c, int64_t column, int64_t there) {
         const int64_t height = smaller(kHeight<E>, rows - strip * kHeight<E>);
-        S* to = out + strip * kHeight<E> * n + first;
-        multiply<Strips>(left.data + strip * each, own, k, width, [&](const float* c, int64_t column, int64_t there) {
-          for (int64_t v = 0; v < there; v += lanes) {
-            const auto more = bias ? load(bias + first + column + v, there - v) : Vector<float>{};
-            for (int64_t i = 0; i < height; ++i) store(to + i * n + column + v, load(c + i * columns + v) + more, there - v);
-          }
-        });
-      }
+        S* to = out + strip * kHeight<E> * n + first + column;
+        for (int64_t v = 0; v < there; v += lanes) {
+          const auto more = bias ? load(bias + first + column + v, there - v) : Vector<float>{};
+          for (int64_t i = 0; i < height; ++i) store(to + i * n + v, load(c + i * columns + v) + more, there - v);
+        }
+      });
     }
   }
   return 0;
