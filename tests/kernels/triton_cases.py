@@ -475,7 +475,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 def dropout_case(checks: Checks) -> None:
     from ada2i_fast.kernels import common
-    from ada2i_fast.ops.dropout import keep_mask, threshold
+    from ada2i_fast.ops.dropout import keep_mask, philox_words, threshold
 
     @triton.jit
     def mask(seed, result, first_row, d0, stream, KEEP: tl.constexpr, THRESHOLD: tl.constexpr):
@@ -493,6 +493,9 @@ def dropout_case(checks: Checks) -> None:
         for stream, p in ((0, 0.5), (3, 0.1), (1, 0.999)):
             expected = keep_mask(torch.tensor([seed]), stream, 24, 50, p)
             checks.true(f"keep_mask({seed}, {stream}, {p})", torch.equal(run(seed, 8, 16, stream, p), expected[8:24, 16:48]))
+    words = philox_words(torch.tensor([5]), 1, range(16), 32)
+    at_threshold = run(5, 0, 0, 1, int(words[3, 7]) / 2 ** 32)
+    checks.true("a word at the threshold is kept", bool(at_threshold[3, 7]) and torch.equal(at_threshold, words >= words[3, 7]))
     first, seed = 2 ** 33 + 5, 77
     expected = torch.tensor([[philox([d // 4, n & 0xFFFFFFFF, n >> 32, 2], [seed, 0])[d % 4] >= threshold(0.5)
                               for d in range(32)] for n in range(first, first + 16)])
