@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import backends
 from .attention_mapping import attention_mapping, attention_mapping_torch, coefficients
-from .tensor_ring import check_layer, gradients_through, ring_rows, tensor_ring, tensor_ring_torch
+from .dropout import gradients_through
+from .tensor_ring import check_layer, ring_rows, tensor_ring, tensor_ring_torch
 
 __all__ = ["afw_layer", "stacked"]
 
@@ -67,7 +68,7 @@ class _AFWLayer(torch.autograd.Function):
         m = len(grads) - 1
         inputs, parameters = tensors[:13 * m], tensors[-12 * m:]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda: _in_torch(inputs, offsets, *ctx.settings), grads, inputs)
+            result = gradients_through(lambda *t: _in_torch(t, offsets, *ctx.settings), inputs, grads)
         else:
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs[:m])]
             result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], inputs[:m], offsets, parameters, state, *ctx.settings)

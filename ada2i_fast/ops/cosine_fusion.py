@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
+from .dropout import gradients_through
 
 __all__ = ["cosine_fusion"]
 
@@ -121,11 +122,8 @@ class _CosineFusion(torch.autograd.Function):
         if grad_joint is None:
             return (None,) * (8 + len(hidden))
         if torch.is_grad_enabled():                             # create_graph=True: the ops have no derivative, the formula has
-            joint = cosine_fusion_torch(hidden, weight, bias, None, amw, cosine_norm, scale, "linear")[0]
-            tensors = [*hidden, weight, bias]
-            inputs = [t for t in tensors if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(joint, inputs, grad_joint, create_graph=True))
-            grads = [next(found) if t is not None and t.requires_grad else None for t in tensors]
+            grads = gradients_through(lambda *t: [cosine_fusion_torch(t[:-2], *t[-2:], None, amw, cosine_norm, scale, "linear")[0]],
+                                      [*hidden, weight, bias], [grad_joint])
         else:
             grads = torch.ops.ada2i_fast.cosine_fusion_backward(grad_joint, hidden, weight, norm, bias is not None, amw, cosine_norm,
                                                                 scale, backend)

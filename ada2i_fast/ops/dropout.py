@@ -18,13 +18,15 @@ and a residual stream and LayerNorm in float32. Arithmetic, statistics and sums 
 
 from __future__ import annotations
 
+from typing import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
 
-__all__ = ["dropout_residual_norm", "keep_mask", "philox_words", "relu_dropout", "threshold"]
+__all__ = ["dropout_residual_norm", "gradients_through", "keep_mask", "philox_words", "relu_dropout", "threshold"]
 
 _LOW = 0xFFFFFFFF
 
@@ -150,11 +152,18 @@ def _(grad_out, x, bias, residual, weight, mean, rstd, p, seed, stream, backend)
 # ------------------------------------------------------------------------------------------------------------------ autograd
 
 
-def _again(function, tensors, grad, *settings) -> tuple:
-    """Gradients with a graph of their own, from the plain expression: for create_graph=True."""
-    inputs = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad(function(*tensors, *settings), inputs, grad, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in tensors)
+def gradients_through(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None],
+                      grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of function(*tensors) by torch and with derivatives of their own: for create_graph=True.
+
+    The function sees views, so that what a tensor owes to another of them (x to the residual that it was computed from) is left to the
+    graph that they come from, and does not count twice.
+    """
+    own = [t if t is None else t.view_as(t) for t in tensors]
+    given = [(t, g) for t, g in zip(function(*own), grads) if g is not None]
+    wanted = [t for t in own if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad([t for t, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in own]
 
 
 class _ReluDropout(torch.autograd.Function):
@@ -190,7 +199,7 @@ class _DropoutNorm(torch.autograd.Function):
         *tensors, mean, rstd, seed = ctx.saved_tensors
         p, eps, stream, backend = ctx.settings
         if torch.is_grad_enabled():
-            grads = _again(dropout_norm_torch, tensors, grad, p, eps, seed, stream)
+            grads = gradients_through(lambda *t: [dropout_norm_torch(*t, p, eps, seed, stream)], tensors, [grad])
         else:
             grads = torch.ops.ada2i_fast.dropout_norm_backward(grad, *tensors[:4], mean, rstd, p, seed, stream, backend)
         return *grads, None, None, None, None, None

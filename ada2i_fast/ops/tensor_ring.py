@@ -23,14 +23,14 @@ Backward, with g the gradient of `out` (masked and scaled), t that of the target
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
-from .dropout import keep_mask
+from .dropout import gradients_through, keep_mask
 
 __all__ = ["tensor_ring"]
 
@@ -154,9 +154,9 @@ class _TensorRing(torch.autograd.Function):
         x, proj_weight, proj_bias, map_weight, map_bias = (tensors[i * m:(i + 1) * m] for i in range(5))
         if torch.is_grad_enabled():
             # create_graph=True: the ops have no derivative, the algebra has all.
-            result = gradients_through(lambda: sum(tensor_ring_torch(
-                x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
-                grads, tensors[:5 * m])
+            result = gradients_through(lambda *t: sum(tensor_ring_torch(
+                t[:m], offsets, *(t[i * m:(i + 1) * m] for i in range(1, 5)), ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
+                tensors[:5 * m], grads)
         else:
             grad_out, grad_target = grads[:m], grads[m:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_out, x)]
@@ -168,15 +168,6 @@ class _TensorRing(torch.autograd.Function):
                 grad_out, grad_target, x, offsets, proj_weight, proj_bias, map_weight, map_bias, tensors[5 * m:], ring, scale, beta,
                 dropout, seed, gated_target, backend)
         return None, None, None, None, None, None, None, None, *result
-
-
-def gradients_through(call: Callable[[], Sequence[Tensor]], grads: Sequence[Tensor | None],
-                      tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of what `call` makes of `tensors`, by torch and with derivatives of their own."""
-    given = [(t, g) for t, g in zip(call(), grads) if g is not None]
-    found = iter(torch.autograd.grad([t for t, _ in given], [t for t in tensors if t.requires_grad], [g for _, g in given],
-                                     create_graph=True, allow_unused=True))
-    return [next(found) if t.requires_grad else None for t in tensors]
 
 
 def ring_rows(ring: Sequence[int], m: int) -> list[list[int]]:

@@ -111,6 +111,19 @@ def test_seed_comes_from_torch():
     assert not torch.equal(relu_dropout(x, b, p=0.5, backend="cpu"), draws[2])
 
 
+def test_second_derivatives_where_x_comes_from_the_residual():
+    """As in an encoder: what the residual contributes through x is the graph's, and counts once."""
+    (x, b, r, w, c), grad = case(5, 6, 5)
+    results = []
+    for backend in ("cpu", "torch"):
+        r_, w_ = r.clone().requires_grad_(), w.clone().requires_grad_()
+        out = dropout_residual_norm(r_.tanh() * w_, b, r_, w_, c, p=0.3, seed=SEED, backend=backend)
+        first = torch.autograd.grad(out, [r_, w_], grad, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), [r_, w_])])
+    for got, e in zip(*results):
+        torch.testing.assert_close(got, e, rtol=1e-4, atol=1e-4)
+
+
 def test_second_derivatives():
     tensors, grad = case(5, 6, 5)
 
