@@ -95,6 +95,14 @@ def _library() -> str:
     return name
 
 
+def _gradient(kind: str, grad: Tensor, other: Tensor) -> Tensor:
+    """g W of kind "input", with W for other, or g^T x of kind "weight"."""
+    if grad.dtype != torch.float32 or grad.numel() * other.shape[1] < _SMALL and _library() != "onednn":
+        # As `_product` has it in the end, without the transposes that it begins with: they take as long as a small product.
+        return grad.mm(other) if kind == "input" else grad.t().mm(other)
+    return _product(kind, grad, other.t()) if kind == "input" else _product(kind, grad.t(), other.t())
+
+
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
     library = _library() if x.dtype == torch.float32 else "mkl"
@@ -134,11 +142,11 @@ def _measure(runs: dict[str, Callable], *arguments) -> str:
 
 
 def _parameters_torch(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
-    found = [_product("weight", grad.t(), x.t()).float()]
+    found = [_cast(_gradient("weight", grad, x), torch.float32)]
     return found + [grad.sum(0, dtype=torch.float32)] if bias else found
 
 
-_PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torch, "native": torch.ops.ada2i_fast.linear_backward}
+_PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torch, "native": _backward}
 
 
 def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
@@ -218,7 +226,7 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
     grad_x = None
     if needs_x:
         own = rounded_weight is None
-        grad_x = backends.module("linear", "cpu").input_gradient(grad, weight) if own else _product("input", grad, rounded_weight.t())
+        grad_x = backends.module("linear", "cpu").input_gradient(grad, weight) if own else _gradient("input", grad, rounded_weight)
         grad_x = _cast(grad_x, x.dtype)
     if not needs_weight:
         return grad_x, None, grad.sum(0, dtype=bias_dtype) if needs_bias else None
