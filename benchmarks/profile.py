@@ -3,7 +3,7 @@
 The whole model on a CPU, at IEMOCAP and MELD sizes, in float32 and under bf16 autocast, this package beside the textbook. Steps with and
 without torch.profiler alternate. Every event's own time (without its children) goes to one part:
 
-    in the package      the part of the registered op it belongs to, if any
+    in the package      the part of the registered op or the function of the CPU's library that it belongs to, if any
     a matrix product    by its shape: rows times an encoder's weight is forward or input gradient, a sum over rows a weight gradient
     anything else       the part of the model that is running; in backward that of the forward call with the same sequence number
     what is left        "everything else": Python, dispatch, autograd, and what the profiler itself takes
@@ -40,10 +40,11 @@ AFW, FUSION = "feature weighting", "cosine fusion, head, losses, ratio"
 MEASURE, UPDATE, CASTS, REST = "optimiser: norm and spread", "optimiser: update", "casts of autocast", "everything else"
 PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, AFW, FUSION, MEASURE, UPDATE, CASTS, REST)
 
-# By the beginning of the registered op's name; an op that is not here is a part of its own.
-OPS = {"linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW, "cosine_fusion": FUSION, "relu_dropout": RELU,
-       "dropout_norm": NORM, "dialogue_attention": ATTENTION, "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE,
-       "balanced_adam_update": UPDATE}
+# By the beginning of the name of a registered op or, where a node calls the CPU's library itself, of its function; one that is not here
+# is a part of its own.
+OPS = {"linear_forward": FORWARD, "linear_input": INPUT, "linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW,
+       "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM, "dialogue_attention": ATTENTION,
+       "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
 NORMS = ("aten::_foreach_norm", "aten::linalg_vector_norm", "aten::std", "aten::mean")
@@ -116,8 +117,8 @@ def ancestors(event):
 
 def product(event, case: Case) -> str | None:
     """Which of the encoders' matrix products this is, or None."""
-    if event.name == "ada2i_fast::linear_backward":
-        return WEIGHT
+    if event.name.startswith("ada2i_linear_"):
+        return OPS[event.name.removeprefix("ada2i_")]
     if event.name not in PRODUCTS or not event.input_shapes:
         return None
     first, transposed = PRODUCTS[event.name]
@@ -180,12 +181,10 @@ def attribute(events, case: Case) -> dict[str, float]:
 
     seconds: dict[str, float] = {}
     for event in events:
-        own = next((e.name for e in ancestors(event) if e.name.startswith("ada2i_fast::")), None)
-        if own:                             # with all that the op calls
-            name = own.removeprefix("ada2i_fast::")
+        own = next((e.name for e in ancestors(event) if e.name.startswith("ada2i_")), None)
+        if own:                             # with all that it calls
+            name = own.removeprefix("ada2i_").removeprefix("fast::")
             part = next((p for beginning, p in OPS.items() if name.startswith(beginning)), name.removesuffix("_forward").removesuffix("_backward"))
-        elif event.name.startswith("_AFWLayer"):    # calls the library itself
-            part = AFW
         elif not event.name.startswith(("aten::", "mkldnn::")):
             part = REST                     # spans, autograd's nodes, Python functions of autograd
         elif any(e.name == "torch::autograd::AccumulateGrad" for e in ancestors(event)):
