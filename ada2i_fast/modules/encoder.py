@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import backends
-from ..ops import dialogue_attention, linear
-from ..ops.dropout import dropout_residual_norm, relu_dropout
+from ..ops import encoder_layers, linear
+from .feature_weighting import parameter
 
 __all__ = ["LSTMEncoder", "TransformerEncoder"]
 
@@ -35,36 +32,20 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """x: [N, d], lengths: rows per dialogue. Returns [N, D]."""
-        p = self.dropout if self.training else 0.0
-        attention, dropout = (self._best(op, x) for op in ("dialogue_attention", "dropout"))
-        # One seed per call, from torch's generator, and a stream per mask; the attention takes one for each head.
-        seed = torch.randint(2 ** 63 - 1, (1,), device=x.device) if p and (attention, dropout) != ("torch", "torch") else None
-        product = functools.partial(linear, backend=self.backend)
-        for i, layer in enumerate(self.transformer_encoder.layers):
-            stream, own = i * (self.heads + 3), layer.self_attn
-            qkv = product(x, own.in_proj_weight, own.in_proj_bias)
-            mixed = dialogue_attention(qkv, lengths, self.heads, dropout=p, seed=None if attention == "torch" else seed,
-                                       stream=stream, backend=attention)
-            stream += self.heads
-            if dropout == "torch":
-                x = layer.norm1(x + F.dropout(product(mixed, own.out_proj.weight, own.out_proj.bias), p, self.training))
-                inner = F.dropout(product(x, layer.linear1.weight, layer.linear1.bias, relu=True), p, self.training)
-                x = layer.norm2(x + F.dropout(product(inner, layer.linear2.weight, layer.linear2.bias), p, self.training))
-                continue
-            fused = dict(p=p, seed=seed, backend=dropout)
-            x = dropout_residual_norm(product(mixed, own.out_proj.weight), own.out_proj.bias, x, layer.norm1.weight,
-                                      layer.norm1.bias, eps=layer.norm1.eps, stream=stream, **fused)
-            inner = relu_dropout(product(x, layer.linear1.weight), layer.linear1.bias, stream=stream + 1, **fused)
-            x = dropout_residual_norm(product(inner, layer.linear2.weight), layer.linear2.bias, x, layer.norm2.weight,
-                                      layer.norm2.bias, eps=layer.norm2.eps, stream=stream + 2, **fused)
-        return product(x, self.lin_out.weight, self.lin_out.bias)
+        layers = list(self.transformer_encoder.layers)
+        x = encoder_layers(x, lengths, [_parameters(layer) for layer in layers], heads=self.heads, p=self.dropout if self.training else 0.0,
+                           eps=[(layer.norm1.eps, layer.norm2.eps) for layer in layers],
+                           backend="torch" if self.backend == "torch" else "auto")
+        return linear(x, self.lin_out.weight, self.lin_out.bias, backend=self.backend)
 
-    def _best(self, op: str, x: Tensor) -> str:
-        if self.backend == "torch":
-            return "torch"
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return backends.best(op, device, dtype, self.lin_out.in_features)
+
+def _parameters(layer: nn.TransformerEncoderLayer) -> list[Tensor]:
+    """In the order of `ops.encoder_layer`."""
+    parts = layer._modules
+    attention, out = parts["self_attn"], parts["self_attn"]._modules["out_proj"]
+    return [parameter(attention, "in_proj_weight"), parameter(attention, "in_proj_bias"),
+            *[parameter(part, name) for part in (out, parts["norm1"], parts["linear1"], parts["linear2"], parts["norm2"])
+              for name in ("weight", "bias")]]
 
 
 class LSTMEncoder(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import afw_layer
 
-__all__ = ["FeatureWeighting"]
+__all__ = ["FeatureWeighting", "parameter"]
 
 
 class _Linear(nn.Module):
@@ -24,7 +24,7 @@ class _Linear(nn.Module):
         return self._modules["lin"]
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
+def parameter(module: nn.Module, name: str) -> Tensor:
     """Straight from where nn.Module keeps it, if it is there: with small batches a search for all attributes takes as long as arithmetic."""
     own = module._parameters.get(name)
     return getattr(module, name) if own is None else own
@@ -32,7 +32,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 def _parameters(maps: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases."""
-    return [_parameter(m, "weight") for m in maps], [_parameter(m, "bias") for m in maps]
+    return [parameter(m, "weight") for m in maps], [parameter(m, "bias") for m in maps]
 
 
 class _TensorRing(nn.Module):

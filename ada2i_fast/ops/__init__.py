@@ -5,7 +5,9 @@ from .attention_mapping import attention_mapping
 from .cosine_fusion import cosine_fusion
 from .dialogue_attention import DialogueOffsets, dialogue_attention
 from .dropout import keep_mask
+from .encoder_layer import encoder_layer, encoder_layers
 from .linear import linear
 from .tensor_ring import tensor_ring
 
-__all__ = ["DialogueOffsets", "afw_layer", "attention_mapping", "cosine_fusion", "dialogue_attention", "keep_mask", "linear", "tensor_ring"]
+__all__ = ["DialogueOffsets", "afw_layer", "attention_mapping", "cosine_fusion", "dialogue_attention", "encoder_layer", "encoder_layers",
+           "keep_mask", "linear", "tensor_ring"]

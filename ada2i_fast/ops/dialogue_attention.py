@@ -156,6 +156,14 @@ class _DialogueAttention(torch.autograd.Function):
         return result, None, None, None, None, None, None, None
 
 
+def check_sizes(rows: int, width: int, lengths: Sequence[int] | None, heads: int) -> None:
+    """rows, width: of qkv; lengths: None where they stand on the device."""
+    if lengths is not None and sum(lengths) != rows:
+        raise ValueError(f"lengths: expected them to sum to {rows} (the rows of qkv), got {sum(lengths)}")
+    if width % (3 * heads):
+        raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {[rows, width]}")
+
+
 def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, heads: int, *, dropout: float = 0.0, seed: Tensor | None = None,
                        stream: int = 0, backend: str = "auto") -> Tensor:
     """qkv: [N, 3 d], the query, key and value of each row side by side; lengths: rows per dialogue, summing to N, or the
@@ -169,11 +177,7 @@ def dialogue_attention(qkv: Tensor, lengths: Sequence[int] | DialogueOffsets, he
     on_device = isinstance(lengths, DialogueOffsets)
     if on_device and not lengths.offsets.is_cuda and backend not in ("torch", "triton"):
         lengths, on_device = lengths.offsets.diff().tolist(), False
-    rows = qkv.shape[0] if on_device else sum(lengths)
-    if rows != qkv.shape[0]:
-        raise ValueError(f"lengths: expected them to sum to {qkv.shape[0]} (the rows of qkv), got {rows}")
-    if qkv.shape[1] % (3 * heads):
-        raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {list(qkv.shape)}")
+    check_sizes(*qkv.shape, None if on_device else lengths, heads)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
     backend = backends.choose("dialogue_attention", [qkv], backend)

@@ -1,0 +1,192 @@
+"""Post-norm Transformer layers (Vaswani et al. 2017) on packed rows: the layers of the encoders (eq. 2).
+
+    y = norm1(x + drop(attention(x W_qkv^T + b_qkv) W_o^T + b_o))
+    z = norm2(y + drop(drop(max(0, y W_1^T + b_1)) W_2^T + b_2))
+
+with `linear` for the products, `dialogue_attention`, and `dropout_residual_norm` and `relu_dropout` of `dropout` for the rest. The masks of
+layer i take the streams from s = stream + i (h + 3) on: s .. s + h - 1 the weights of the h heads, s + h, s + h + 1 and s + h + 2 the outer,
+the inner and the last dropout.
+
+Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual and of what it drops:
+
+    g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
+    g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
+
+On a CPU a layer is one node of the graph that calls the library without registered ops between: the same numbers to the last bit. With
+small batches what Python and autograd cost between the ops is as much as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import backends
+from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
+from .dropout import dropout_residual_norm, gradients_through, relu_dropout
+from .linear import KEPT, linear, product_backward, product_forward
+
+__all__ = ["encoder_layer", "encoder_layers"]
+
+
+def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequence[Tensor], heads: int, p: float, eps: Sequence[float],
+           seed: Tensor | None, stream: int, attention: str, dropout: str, product: str) -> Tensor:
+    """One layer, op by op: any device, any number of derivatives, and what compiled code takes. The last three: backends of the parts."""
+    qkv_weight, qkv_bias, out_weight, out_bias, norm1_weight, norm1_bias, weight1, bias1, weight2, bias2, norm2_weight, norm2_bias = parameters
+    qkv = linear(x, qkv_weight, qkv_bias, backend=product)
+    mixed = dialogue_attention(qkv, lengths, heads, dropout=p, seed=None if attention == "torch" else seed, stream=stream, backend=attention)
+    stream += heads
+    if dropout == "torch":
+        y = F.dropout(linear(mixed, out_weight, out_bias, backend=product), p)
+        y = F.layer_norm(x + y, norm1_weight.shape, norm1_weight, norm1_bias, eps[0])
+        inner = F.dropout(linear(y, weight1, bias1, relu=True, backend=product), p)
+        z = F.dropout(linear(inner, weight2, bias2, backend=product), p)
+        return F.layer_norm(y + z, norm2_weight.shape, norm2_weight, norm2_bias, eps[1])
+    fused = dict(p=p, seed=seed, backend=dropout)
+    y = dropout_residual_norm(linear(mixed, out_weight, backend=product), out_bias, x, norm1_weight, norm1_bias, eps=eps[0], stream=stream,
+                              **fused)
+    inner = relu_dropout(linear(y, weight1, backend=product), bias1, stream=stream + 1, **fused)
+    return dropout_residual_norm(linear(inner, weight2, backend=product), bias2, y, norm2_weight, norm2_bias, eps=eps[1], stream=stream + 2,
+                                 **fused)
+
+
+# ---------------------------------------------------------------------------------------------------- one node, on a CPU
+
+
+def _forward(x, parameters, starts, heads, p, eps, seed, stream, dtype):
+    """z, and what `_backward` takes beside x and the parameters."""
+    attention, fused = backends.module("dialogue_attention", "cpu"), backends.module("dropout", "cpu")
+    qkv_weight, qkv_bias, out_weight, out_bias, norm1_weight, norm1_bias, weight1, bias1, weight2, bias2, norm2_weight, norm2_bias = parameters
+    qkv, kept_qkv = product_forward(x, qkv_weight, qkv_bias, False, dtype)
+    mixed, logsum = attention.forward(qkv, starts, heads, p, seed, stream)
+    stream += heads
+    outer, kept_out = product_forward(mixed, out_weight, None, False, dtype)
+    y, *moments1 = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream)
+    inner, kept_1 = product_forward(y, weight1, None, False, dtype)
+    inner = fused.relu_forward(inner, bias1, p, seed, stream + 1)
+    last, kept_2 = product_forward(inner, weight2, None, False, dtype)
+    z, *moments2 = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2)
+    return z, (qkv, mixed, logsum, outer, *moments1, y, inner, last, *moments2, *kept_qkv, *kept_out, *kept_1, *kept_2)
+
+
+def _backward(grad, needs, x, parameters, saved, starts, heads, p, seed, stream):
+    """Gradients of x and the parameters, None from where on no gradient is needed; needs: of each."""
+    attention, fused = backends.module("dialogue_attention", "cpu"), backends.module("dropout", "cpu")
+    _, qkv_bias, _, out_bias, norm1_weight, _, _, _, _, bias2, norm2_weight, _ = parameters
+    qkv, mixed, logsum, outer, mean1, rstd1, y, inner, last, mean2, rstd2, *kept = saved
+    kept_qkv, kept_out, kept_1, kept_2 = (kept[i:i + KEPT] for i in range(0, 4 * KEPT, KEPT))
+    found: list[Tensor | None] = [None] * 13
+    g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, mean2, rstd2, p, seed,
+                                                                  stream + heads + 2)
+    g, found[9], _ = product_backward(g, kept_2, any(needs[:9]), needs[9], False, None)
+    if g is None:
+        return found
+    g, found[8] = fused.relu_backward(g, inner, p)
+    g, found[7], _ = product_backward(g, kept_1, any(needs[:7]), needs[7], False, None)
+    if g is None:
+        return found
+    g, found[4], g_x, found[5], found[6] = fused.norm_backward(g_y.add_(g), outer, out_bias, x, norm1_weight, mean1, rstd1, p, seed,
+                                                               stream + heads)
+    g, found[3], _ = product_backward(g, kept_out, any(needs[:3]), needs[3], False, None)
+    if g is None:
+        return found
+    g = attention.backward(g, qkv, mixed, logsum, starts, heads, p, seed, stream)
+    g, found[1], found[2] = product_backward(g, kept_qkv, *needs[:3], qkv_bias.dtype)
+    if g is not None:
+        found[0] = g_x.add_(g)
+    return found
+
+
+class _EncoderLayer(torch.autograd.Function):
+    """dtype: that of the products."""
+
+    @staticmethod
+    def forward(ctx, lengths, settings, x, *parameters):
+        z, kept = _forward(x, parameters, *settings)
+        ctx.settings = (lengths, *settings)
+        ctx.save_for_backward(x, *parameters, *kept)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad):
+        lengths, starts, heads, p, eps, seed, stream, dtype = ctx.settings
+        saved = ctx.saved_tensors
+        x, parameters = saved[0], saved[1:13]
+        if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the ops have all
+            mixed = dtype != torch.float32
+            with torch.autocast("cpu", dtype if mixed else None, enabled=mixed):
+                return None, None, *gradients_through(
+                    lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, "cpu", "cpu", "auto")], saved[:13], [grad])
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
+            return None, None, *_backward(grad, ctx.needs_input_grad[2:], x, parameters, saved[13:], starts, heads, p, seed, stream)
+
+
+# ----------------------------------------------------------------------------------------------------------- the functions
+
+
+def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: Sequence[Sequence[Tensor]], *, heads: int, p: float = 0.0,
+                   eps: Sequence[Sequence[float]] | None = None, seed: Tensor | None = None, stream: int = 0,
+                   backend: str = "auto") -> Tensor:
+    """Layer after layer. Returns [N, d] in the dtype of x.
+
+    x: [N, d].  lengths: as in `dialogue_attention`.  layers: for each its twelve parameters in the order of the equations, W_qkv [3 d, d],
+    b_qkv [3 d], W_o [d, d], b_o [d], weight and bias [d] of norm1, W_1 [f, d], b_1 [f], W_2 [d, f], b_2 [d], weight and bias [d] of norm2.
+    heads: h, a divisor of d.  p: probability of dropping.  eps: for each layer those of norm1 and norm2, by default 1e-5.
+    seed, stream: as in `dropout.keep_mask`, by default drawn from torch's generator.
+
+    backend: "torch" is plain PyTorch, whose masks come from torch's generator; with "auto" each part takes the best there is; a name is
+    passed on to attention and dropout, which raise where it cannot serve. Under autocast the products and their results are in its
+    dtype; x, z and the statistics keep the dtype of x. Gradients come in the dtypes of what they belong to.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [N, d], got {list(x.shape)}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a probability below 1, got {p}")
+    attention = dropout = backend
+    if backend == "auto":
+        device, dtype = x.device.type, x.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        attention, dropout = [backends.best(op, device, dtype, x.shape[1]) for op in ("dialogue_attention", "dropout")]
+    if p == 0.0:
+        seed = None
+    elif seed is None and (attention, dropout) != ("torch", "torch"):
+        seed = torch.randint(2 ** 63 - 1, (1,), device=x.device)
+    dtype = _one_node(x, layers) if attention == dropout == "cpu" else None
+    if dtype is not None:
+        lengths = lengths.offsets.diff().tolist() if isinstance(lengths, DialogueOffsets) else list(lengths)
+        check_sizes(x.shape[0], 3 * x.shape[1], lengths, heads)
+        starts = backends.module("dialogue_attention", "cpu").starts(lengths)
+    for i, parameters in enumerate(layers):
+        own, at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)
+        if dtype is None:
+            x = _chain(x, lengths, parameters, heads, p, own, seed, at, attention, dropout, "torch" if backend == "torch" else "auto")
+            continue
+        settings = (starts, heads, p, own, seed, at, dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
+            x = _EncoderLayer.apply(lengths, settings, x, *parameters)
+        else:
+            x = _forward(x, parameters, *settings)[0]
+    return x
+
+
+def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]]) -> torch.dtype | None:
+    """The products' dtype where a layer can be one node; None where it cannot."""
+    tensors = [x, *(t for parameters in layers for t in parameters)]
+    if not backends.eager(tensors) or x.numel() == 0:
+        return None
+    dtypes = {t.dtype for t in tensors}
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32 if dtypes == {torch.float32} else None
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtypes <= {torch.float32, torch.bfloat16, torch.float16} and x.dtype in (dtype, torch.float32) else None
+
+
+def encoder_layer(x: Tensor, lengths: Sequence[int] | DialogueOffsets, *parameters: Tensor, eps: Sequence[float] = (1e-5, 1e-5),
+                  **options) -> Tensor:
+    """One of them. parameters: the twelve; everything else as in `encoder_layers`."""
+    return encoder_layers(x, lengths, [parameters], eps=[eps], **options)

@@ -1,0 +1,316 @@
+"""Transformer layers as one node each: the ops they are made of to the last bit, float64, and what an op of torch has to obey."""
+
+from __future__ import annotations
+
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from afw_cases import poisoned
+from ada2i_fast import cpu
+from ada2i_fast.ops import DialogueOffsets, dialogue_attention, encoder_layer, encoder_layers, linear
+from ada2i_fast.ops.dialogue_attention import dialogue_attention_seeded
+from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, relu_dropout, relu_dropout_torch
+
+op = importlib.import_module("ada2i_fast.ops.encoder_layer")       # the package's attribute of this name is the function
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+SEED = torch.tensor([-(1 << 41) - 5])
+EPS = [(1e-5, 1e-3), (1e-4, 1e-5)]
+AUTOCAST = [None, torch.bfloat16, torch.float16]
+# lengths, width, heads, width inside; of head widths 8, 1, 4, 30 and 33 only the first fills a vector
+CASES = [([7, 3, 5, 1], 8, 1, 16), ([1], 3, 3, 5), ([0, 5, 0, 2], 12, 3, 20), ([33, 1, 40], 90, 3, 77), ([18], 33, 1, 64)]
+
+
+def case(rows, width, inside, layers=2, seed=0):
+    """x, the layers' parameters, and the gradient of the result."""
+    g = torch.Generator().manual_seed(seed + rows * width)
+
+    def draw(*shape, size=1.0, mean=0.0):
+        return mean + size * torch.randn(*shape, generator=g)
+
+    parameters = [[draw(3 * width, width, size=width ** -0.5), draw(3 * width, size=0.3), draw(width, width, size=width ** -0.5),
+                   draw(width, size=0.3), draw(width, size=0.3, mean=1.0), draw(width, size=0.3), draw(inside, width, size=width ** -0.5),
+                   draw(inside, size=0.3), draw(width, inside, size=inside ** -0.5), draw(width, size=0.3),
+                   draw(width, size=0.3, mean=1.0), draw(width, size=0.3)] for _ in range(layers)]
+    return draw(rows, width), parameters, draw(rows, width)
+
+
+def nodes(x, parameters, lengths, heads, p, **options):
+    return encoder_layers(x, lengths, parameters, heads=heads, p=p, eps=EPS[:len(parameters)], seed=SEED, stream=4, **options)
+
+
+def separate(x, parameters, lengths, heads, p):
+    """The registered ops, one after the other."""
+    fused = dict(p=p, seed=SEED, backend="cpu")
+    for i, (wq, bq, wo, bo, n1, c1, w1, b1, w2, b2, n2, c2) in enumerate(parameters):
+        s = 4 + i * (heads + 3)
+        mixed = dialogue_attention(linear(x, wq, bq), lengths, heads, dropout=p, seed=SEED, stream=s, backend="cpu")
+        x = dropout_residual_norm(linear(mixed, wo), bo, x, n1, c1, eps=EPS[i][0], stream=s + heads, **fused)
+        inner = relu_dropout(linear(x, w1), b1, stream=s + heads + 1, **fused)
+        x = dropout_residual_norm(linear(inner, w2), b2, x, n2, c2, eps=EPS[i][1], stream=s + heads + 2, **fused)
+    return x
+
+
+def formula(x, parameters, lengths, heads, p):
+    """In plain PyTorch, in any dtype, with the same masks."""
+    for i, (wq, bq, wo, bo, n1, c1, w1, b1, w2, b2, n2, c2) in enumerate(parameters):
+        s = 4 + i * (heads + 3)
+        mixed = dialogue_attention_seeded(F.linear(x, wq, bq), lengths, heads, p, SEED, s)
+        x = dropout_norm_torch(F.linear(mixed, wo), bo, x, n1, c1, p, EPS[i][0], SEED, s + heads)
+        inner = relu_dropout_torch(F.linear(x, w1), b1, p, SEED, s + heads + 1)
+        x = dropout_norm_torch(F.linear(inner, w2), b2, x, n2, c2, p, EPS[i][1], SEED, s + heads + 2)
+    return x
+
+
+def run(function, x, parameters, grad, *settings, autocast=None, **options):
+    """The result and the gradients of x and all parameters."""
+    x, parameters = x.clone().requires_grad_(), [[t.clone().requires_grad_() for t in layer] for layer in parameters]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        z = function(x, parameters, *settings, **options)
+    return [z.detach(), *torch.autograd.grad(z, [x, *sum(parameters, [])], grad.to(z.dtype))]
+
+
+def count(monkeypatch):
+    """Which layers were a node, as they are made: a list that grows."""
+    made, forward = [], op._forward
+    monkeypatch.setattr(op, "_forward", lambda x, *a: (made.append(x.shape), forward(x, *a))[1])
+    return made
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("lengths,width,heads,inside", CASES)
+def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, autocast):
+    """Bit for bit, and every element written."""
+    drawn = case(sum(lengths), width, inside)
+    expected = run(separate, *drawn, lengths, heads, p, autocast=autocast)
+    made = count(monkeypatch)
+    poisoned(monkeypatch)
+    for i, (got, e) in enumerate(zip(run(nodes, *drawn, lengths, heads, p, autocast=autocast), expected, strict=True)):
+        assert got.dtype == e.dtype and torch.equal(got, e), i
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("lengths,width,heads,inside", CASES)
+def test_against_float64(tier, lengths, width, heads, inside, p, autocast):
+    """In each tensor's norm twice the error of the formula in the same types, and some roundings."""
+    x, parameters, grad = case(sum(lengths), width, inside)
+    for layer in parameters:                                    # far from 0, where a rounding would decide about a gradient
+        layer[7] += 8.0 * (-1.0) ** torch.arange(inside)
+    exact = run(formula, x.double(), [[t.double() for t in layer] for layer in parameters], grad.double(), lengths, heads, p)
+    usual = run(formula, x, parameters, grad, lengths, heads, p, autocast=autocast)
+    # Where all of a tensor's terms cancel (the gradients of the keys' biases), what is left has the size of roundings of the terms.
+    terms = max(e.norm() for e in exact[1:])
+    floor = 8 * 2.0 ** -24 if autocast is None else torch.finfo(autocast).eps
+    for i, (got, u, e) in enumerate(zip(run(nodes, x, parameters, grad, lengths, heads, p, autocast=autocast), usual, exact, strict=True)):
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        assert (got - e).norm() <= 2 * (u - e).norm() + floor * (e.norm() + 0.1 * terms), i
+
+
+def test_one_layer_is_the_first_of_many():
+    x, parameters, _ = case(9, 8, 16, layers=1)
+    one = encoder_layer(x, [4, 5], *parameters[0], heads=2, p=0.3, eps=EPS[0], seed=SEED, stream=4)
+    assert torch.equal(one, nodes(x, parameters, [4, 5], 2, 0.3))
+    assert not torch.equal(one, encoder_layer(x, [4, 5], *parameters[0], heads=2, p=0.3, eps=EPS[0], seed=SEED, stream=5))
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+def test_without_gradients(monkeypatch, autocast):
+    x, parameters, grad = case(9, 8, 16)
+    expected = run(nodes, x, parameters, grad, [4, 5], 2, 0.3, autocast=autocast)[0]
+    made = count(monkeypatch)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        z = nodes(x, parameters, [4, 5], 2, 0.3)
+        parameters[0][3].requires_grad_()
+        with torch.no_grad():
+            again = nodes(x, parameters, [4, 5], 2, 0.3)
+    assert torch.equal(z, expected) and torch.equal(again, expected) and not z.requires_grad and not again.requires_grad and len(made) == 4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_second_derivatives(p):
+    """Of the node as of the formula; and its first derivatives are the same with a graph of their own as without."""
+    lengths, heads = [4, 0, 2], 2
+    x, parameters, grad = case(6, 6, 10)
+
+    def second(function, dtype):
+        leaves = [x.to(dtype).requires_grad_(), *(t.to(dtype).requires_grad_() for layer in parameters for t in layer)]
+        z = function(leaves[0], [leaves[1:13], leaves[13:]], lengths, heads, p)
+        plain = torch.autograd.grad(z, leaves, grad.to(dtype), retain_graph=True)
+        first = torch.autograd.grad(z, leaves, grad.to(dtype), create_graph=True)
+        for a, b in zip(plain, first):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:-1])]
+
+    for got, e in zip(second(nodes, torch.float32), second(formula, torch.float64), strict=True):
+        assert (got - e).norm() <= 1e-4 * e.norm() + 1e-4
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST[1:], ids=str)
+def test_second_derivatives_under_autocast(autocast):
+    """At most twice the error of the separate ops, in each tensor's norm, and some roundings; wherever backward is called from."""
+    x, parameters, grad = case(6, 6, 10)
+    for layer in parameters:
+        layer[7] += 8.0 * (-1.0) ** torch.arange(10)
+    results = []
+    for function, dtype in ((nodes, torch.float32), (separate, torch.float32), (formula, torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_(), *(t.to(dtype, copy=True).requires_grad_() for layer in parameters for t in layer)]
+        with torch.autocast("cpu", autocast, enabled=dtype == torch.float32):
+            z = function(leaves[0], [leaves[1:13], leaves[13:]], [4, 2], 2, 0.5)
+            inside = torch.autograd.grad(z, leaves, grad.to(dtype), create_graph=True)
+        first = torch.autograd.grad(z, leaves, grad.to(dtype), create_graph=True)
+        assert all(g.dtype == dtype and torch.equal(g, i) for g, i in zip(first, inside))
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:-1])])
+    for i, (got, usual, e) in enumerate(zip(*results, strict=True)):
+        assert (got - e).norm() <= 2 * (usual - e).norm() + torch.finfo(autocast).eps * (e.norm() + 1), i
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [4], [6], [7], [8], [9], [12], [3, 11], [*range(1, 13)]], ids=str)
+def test_frozen_parameters(monkeypatch, wanted):
+    """Gradients of what is wanted alone, and no product further down than they need."""
+    x, parameters, grad = case(9, 8, 16, layers=1)
+    backward, products = op.product_backward, []
+    monkeypatch.setattr(op, "product_backward", lambda g, kept, *a: (products.append(a[:3]), backward(g, kept, *a))[1])
+    results = []
+    for function in (nodes, separate):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate([x, *parameters[0]])]
+        function(leaves[0], [leaves[1:]], [4, 5], 2, 0.5).backward(grad)
+        assert [i for i, t in enumerate(leaves) if t.grad is not None] == wanted
+        results.append([leaves[i].grad for i in wanted])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    needed = [(any(i < 9 for i in wanted), 9 in wanted, False), (any(i < 7 for i in wanted), 7 in wanted, False),
+              (any(i < 3 for i in wanted), 3 in wanted, False), (0 in wanted, 1 in wanted, 2 in wanted)]
+    assert products == needed[:1 + next((i for i, (x, _, _) in enumerate(needed[:3]) if not x), 3)]
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST[:2], ids=str)
+def test_strides_and_repeats(autocast):
+    """Transposed, sliced and expanded; a second backward gives the same, so nothing that is kept or given was changed."""
+    x, parameters, grad = case(12, 8, 16)
+    expected = run(nodes, x, parameters, grad, [5, 7], 2, 0.3, autocast=autocast)
+    for view in (lambda t: t.t().contiguous().t() if t.dim() == 2 else torch.stack([t, t], 1)[:, 0], lambda t: torch.cat([t, t], -1)[..., :t.shape[-1]]):
+        leaves = [view(t).requires_grad_() for t in [x, *sum(parameters, [])]]
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            z = nodes(leaves[0], [leaves[1:13], leaves[13:]], [5, 7], 2, 0.3)
+        given, first = view(grad), torch.autograd.grad(z, leaves, view(grad), retain_graph=True)
+        for got, e in zip([z, *first], expected, strict=True):
+            torch.testing.assert_close(got, e, **({} if autocast is None else dict(rtol=0.05, atol=0.05)))
+        again = torch.autograd.grad(z, leaves, given)
+        assert all(torch.equal(a, b) for a, b in zip(first, again)) and torch.equal(given, grad)
+    ones = run(nodes, x, parameters, torch.ones(1, 1).expand(12, 8), [5, 7], 2, 0.3, autocast=autocast)
+    assert all(torch.equal(a, b) for a, b in zip(ones, run(nodes, x, parameters, torch.ones(12, 8), [5, 7], 2, 0.3, autocast=autocast)))
+
+
+def test_threads():
+    """With each number of them what the separate ops give; layers that run at the same time do not meet."""
+    lengths, width, heads, inside = CASES[3]
+    drawn = case(sum(lengths), width, inside)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for autocast in AUTOCAST:
+                expected = run(separate, *drawn, lengths, heads, 0.5, autocast=autocast)
+                assert all(torch.equal(a, b) for a, b in zip(run(nodes, *drawn, lengths, heads, 0.5, autocast=autocast), expected, strict=True))
+        torch.set_num_threads(1)
+        each = [(case(sum(lengths), width, inside, seed=i), lengths[i:] + lengths[:i]) for i in range(3)]
+        alone = [run(nodes, *own, at, heads, 0.5) for own, at in each]
+        with ThreadPoolExecutor(3) as pool:
+            together = pool.map(lambda each: run(nodes, *each[0], each[1], heads, 0.5), 4 * each)
+            for i, found in enumerate(together):
+                assert all(torch.equal(a, b) for a, b in zip(found, alone[i % 3], strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_keeps_no_more_than_the_separate_ops():
+    lengths, width, heads, inside = CASES[3]
+    for autocast in AUTOCAST:
+        sizes = []
+        for function in (nodes, separate):
+            x, parameters, _ = case(sum(lengths), width, inside)
+            leaves, kept = [t.requires_grad_() for t in [x, *sum(parameters, [])]], {}
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t)
+            with hooks, torch.autocast("cpu", autocast, enabled=autocast is not None):
+                z = function(leaves[0], [leaves[1:13], leaves[13:]], lengths, heads, 0.5)
+            assert z.requires_grad
+            for t in leaves:                                    # they are there anyway
+                kept.pop(t.untyped_storage().data_ptr(), None)
+            sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        assert sizes[0] <= sizes[1]
+
+
+def test_seed_comes_from_torch():
+    x, parameters, _ = case(9, 8, 16)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(encoder_layers(x, [4, 5], parameters, heads=2, p=0.5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not torch.equal(encoder_layers(x, [4, 5], parameters, heads=2, p=0.5), draws[2])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    encoder_layers(x, [4, 5], parameters, heads=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_where_it_is_no_node(monkeypatch):
+    """Another dtype, plain PyTorch, an empty batch, transforms; each with the result of the formula."""
+    x, parameters, _ = case(9, 8, 16)
+    made, expected = count(monkeypatch), formula(x, parameters, [4, 5], 2, 0.0)
+    double = [[t.double() for t in layer] for layer in parameters]
+    torch.testing.assert_close(nodes(x.double(), double, [4, 5], 2, 0.0), formula(x.double(), double, [4, 5], 2, 0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nodes(x.double(), double, [4, 5], 2, 0.0).dtype == torch.float64
+    torch.testing.assert_close(nodes(x, parameters, [4, 5], 2, 0.0, backend="torch"), expected)
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
+    torch.testing.assert_close(nodes(x, parameters, [4, 5], 2, 0.0), expected)
+    monkeypatch.delenv("ADA2I_FAST_BACKEND")
+    assert nodes(x[:0], parameters, [0, 0], 2, 0.5).shape == (0, 8)
+    small = [[t.bfloat16() for t in layer] for layer in parameters]
+    assert nodes(x.bfloat16(), small, [4, 5], 2, 0.5).dtype == torch.bfloat16
+    got = torch.func.grad(lambda x: nodes(x, parameters, [4, 5], 2, 0.0, backend="torch").square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(formula(leaf, parameters, [4, 5], 2, 0.0).square().sum(), leaf)[0], rtol=1e-4, atol=1e-4)
+    torch.func.vmap(lambda t: nodes(x, [[t, *parameters[0][1:]]], [4, 5], 2, 0.0, backend="torch"))(parameters[0][0][None])
+    assert made == []
+    offsets = DialogueOffsets(torch.tensor([0, 4, 9]), 5)
+    assert torch.equal(nodes(x, parameters, offsets, 2, 0.5), nodes(x, parameters, [4, 5], 2, 0.5)) and len(made) == 4
+
+
+def test_compiled_code_takes_the_ops():
+    torch._dynamo.reset()
+    x, parameters, grad = case(9, 8, 16)
+    compiled = torch.compile(nodes, fullgraph=True, backend="aot_eager")
+    expected = run(nodes, x, parameters, grad, [4, 5], 2, 0.5)
+    for got, e in zip(run(compiled, x, parameters, grad, [4, 5], 2, 0.5), expected, strict=True):
+        torch.testing.assert_close(got, e)
+
+
+def test_a_profiler_sees_the_library():
+    x, parameters, grad = case(9, 8, 16, layers=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        run(nodes, x, parameters, grad, [4, 5], 2, 0.5)
+    names = [e.name for e in trace.events() if e.name.startswith("ada2i_")]
+    there = ["dialogue_attention", "dropout_norm", "relu_dropout", "dropout_norm"]
+    back = ["dropout_norm", "relu_dropout", "dropout_norm", "dialogue_attention"]
+    assert names == [*(f"ada2i_{n}_forward" for n in there), *(f"ada2i_{n}_backward" for n in back)]
+
+
+def test_refusals():
+    x, parameters, _ = case(6, 6, 10)
+    with pytest.raises(ValueError, match=r"lengths: expected them to sum to 6 \(the rows of qkv\), got 5"):
+        nodes(x, parameters, [4, 1], 2, 0.0)
+    with pytest.raises(ValueError, match="heads: expected a divisor of the width, got 4"):
+        nodes(x, parameters, [4, 2], 4, 0.0)
+    with pytest.raises(ValueError, match="p: expected a probability below 1, got 1.0"):
+        nodes(x, parameters, [4, 2], 2, 1.0)
+    with pytest.raises(ValueError, match=r"x: expected \[N, d\], got \[1, 6, 6\]"):
+        nodes(x[None], parameters, [4, 2], 2, 0.0)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it computes in float32, not float64"):
+        nodes(x.double(), [[t.double() for t in layer] for layer in parameters], [4, 2], 2, 0.0, backend="cpu")
