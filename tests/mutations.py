@@ -44,6 +44,7 @@ RING, MAPPING = "ada2i_fast/ops/tensor_ring.py", "ada2i_fast/ops/attention_mappi
 CPU_RING, CPU_MAPPING = "csrc/cpu/tensor_ring.inl", "csrc/cpu/attention_mapping.inl"
 CPU_ATTENTION = "csrc/cpu/dialogue_attention.inl"
 CPU_LINEAR, CPU_GEMM = "csrc/cpu/linear.inl", "csrc/cpu/gemm.inl"
+ENCODER = "ada2i_fast/ops/encoder_layer.py"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
@@ -124,6 +125,15 @@ MUTANTS = [
            "the bias has no gradient"),
     Mutant("cpu", "index", "csrc/cpu/dropout.inl", "philox(mask.seed, n, mask.stream, d, words + d);", "philox(mask.seed, n, mask.stream, d, words);",
            "the words of a row lie on top of each other"),
+    # ---- an encoder's layer as one node, and derivatives of its gradients
+    Mutant("cpu", "sign", ENCODER, "found[0] = g_x.add_(g)", "found[0] = g_x.sub_(g)", "the attention's gradient of x is subtracted"),
+    Mutant("cpu", "mask", ENCODER, "g = g_y.add_(g)", "g = g_y", "no gradient through the inner layer"),
+    Mutant("cpu", "index", ENCODER, "moments, p, seed, stream + heads + 2)", "moments, p, seed, stream + heads + 1)",
+           "backward drops by the inner mask at the layer's end"),
+    Mutant("cpu", "index", ENCODER, "at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)",
+           "at = (1e-5, 1e-5) if eps is None else eps[i], stream", "all layers share their masks"),
+    Mutant("cpu", "mask", "ada2i_fast/ops/dropout.py", "t if t is None else t.view_as(t) for t in tensors", "t for t in tensors",
+           "derivatives of gradients count the way through the residual twice"),
     # ---- cosine_fusion
     Mutant("torch", "index", FUSION, "ratio = scores / scores.min()", "ratio = scores / scores.max()", "the ratio to the strongest modality"),
     Mutant("torch", "scale", FUSION, 'amw, cosine_norm, scale, "linear")[0]', 'amw, cosine_norm, 1.0, "linear")[0]', "no scale under create_graph"),
@@ -184,7 +194,8 @@ BACKENDS = {
     "torch": (None, [*PYTEST, "tests/modules", "tests/ops/test_dropout.py", "tests/ops/test_afw_layer.py", "tests/test_model.py",
                      "tests/ops/test_attention_mapping.py", "tests/ops/test_tensor_ring.py", "tests/ops/test_cosine_fusion.py"], 600),
     "cpu": (BUILD, [*PYTEST, *(f"tests/ops/test_{op}.py" for op in (
-        "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "balanced_adam"))], 600),
+        "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "encoder_layer",
+        "balanced_adam"))], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
 }
 NAMES = (*BACKENDS, "triton")

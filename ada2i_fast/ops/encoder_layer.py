@@ -12,8 +12,8 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
-On a CPU a layer is one node of the graph that calls the library without registered ops between: the same numbers to the last bit. With
-small batches what Python and autograd cost between the ops is as much as the arithmetic.
+On a CPU a layer that is not large is one node of the graph that calls the library without registered ops between: the same numbers to the
+last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from .dropout import dropout_residual_norm, gradients_through, relu_dropout
 from .linear import KEPT, linear, product_backward, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
+
+# Multiply-adds of W_qkv from which a layer is taken op by op: what a node saves is less than 1 % of its time then, and a node holds the
+# gradients of all its weights until it ends, where they could be added to what they accumulate in one by one.
+_LARGE = 1 << 29
 
 
 def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequence[Tensor], heads: int, p: float, eps: Sequence[float],
@@ -70,32 +74,43 @@ def _forward(x, parameters, starts, heads, p, eps, seed, stream, dtype):
     inner = fused.relu_forward(inner, bias1, p, seed, stream + 1)
     last, kept_2 = product_forward(inner, weight2, None, False, dtype)
     z, *moments2 = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2)
-    return z, (qkv, mixed, logsum, outer, *moments1, y, inner, last, *moments2, *kept_qkv, *kept_out, *kept_1, *kept_2)
+    return z, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, *moments1, *kept_1, inner, *kept_2, last, y, *moments2)
 
 
-def _backward(grad, needs, x, parameters, saved, starts, heads, p, seed, stream):
-    """Gradients of x and the parameters, None from where on no gradient is needed; needs: of each."""
+def _backward(grad, needs, saved, starts, heads, p, seed, stream):
+    """Gradients of x and the parameters, None from where on no gradient is needed.
+
+    needs: of each.  saved: a list of x, the parameters and what `_forward` gave, which this takes apart from its end, so that what has
+    served is free for what is still to come.
+    """
     attention, fused = backends.module("dialogue_attention", "cpu"), backends.module("dropout", "cpu")
-    _, qkv_bias, _, out_bias, norm1_weight, _, _, _, _, bias2, norm2_weight, _ = parameters
-    qkv, mixed, logsum, outer, mean1, rstd1, y, inner, last, mean2, rstd2, *kept = saved
-    kept_qkv, kept_out, kept_1, kept_2 = (kept[i:i + KEPT] for i in range(0, 4 * KEPT, KEPT))
+    x, _, qkv_bias, _, out_bias, norm1_weight, _, _, _, _, bias2, norm2_weight, _ = saved[:13]
+
+    def taken(number: int) -> list[Tensor | None]:
+        part = saved[-number:]
+        del saved[-number:]
+        return part
+
     found: list[Tensor | None] = [None] * 13
-    g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, mean2, rstd2, p, seed,
-                                                                  stream + heads + 2)
-    g, found[9], _ = product_backward(g, kept_2, any(needs[:9]), needs[9], False, None)
+    last, y, *moments = taken(4)
+    g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, *moments, p, seed, stream + heads + 2)
+    del last, y
+    g, found[9], _ = product_backward(g, taken(KEPT), any(needs[:9]), needs[9], False, None)
     if g is None:
         return found
-    g, found[8] = fused.relu_backward(g, inner, p)
-    g, found[7], _ = product_backward(g, kept_1, any(needs[:7]), needs[7], False, None)
+    g, found[8] = fused.relu_backward(g, *taken(1), p)
+    g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None)
     if g is None:
         return found
-    g, found[4], g_x, found[5], found[6] = fused.norm_backward(g_y.add_(g), outer, out_bias, x, norm1_weight, mean1, rstd1, p, seed,
-                                                               stream + heads)
-    g, found[3], _ = product_backward(g, kept_out, any(needs[:3]), needs[3], False, None)
+    g = g_y.add_(g)
+    outer, *moments = taken(3)
+    g, found[4], g_x, found[5], found[6] = fused.norm_backward(g, outer, out_bias, x, norm1_weight, *moments, p, seed, stream + heads)
+    del outer, g_y
+    g, found[3], _ = product_backward(g, taken(KEPT), any(needs[:3]), needs[3], False, None)
     if g is None:
         return found
-    g = attention.backward(g, qkv, mixed, logsum, starts, heads, p, seed, stream)
-    g, found[1], found[2] = product_backward(g, kept_qkv, *needs[:3], qkv_bias.dtype)
+    g = attention.backward(g, *taken(3), starts, heads, p, seed, stream)
+    g, found[1], found[2] = product_backward(g, taken(KEPT), *needs[:3], qkv_bias.dtype)
     if g is not None:
         found[0] = g_x.add_(g)
     return found
@@ -114,15 +129,15 @@ class _EncoderLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         lengths, starts, heads, p, eps, seed, stream, dtype = ctx.settings
-        saved = ctx.saved_tensors
-        x, parameters = saved[0], saved[1:13]
+        saved = [*ctx.saved_tensors]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the ops have all
             mixed = dtype != torch.float32
             with torch.autocast("cpu", dtype if mixed else None, enabled=mixed):
                 return None, None, *gradients_through(
                     lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, "cpu", "cpu", "auto")], saved[:13], [grad])
+        ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
-            return None, None, *_backward(grad, ctx.needs_input_grad[2:], x, parameters, saved[13:], starts, heads, p, seed, stream)
+            return None, None, *_backward(grad, ctx.needs_input_grad[2:], saved, starts, heads, p, seed, stream)
 
 
 # ----------------------------------------------------------------------------------------------------------- the functions
@@ -177,7 +192,7 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
 def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]]) -> torch.dtype | None:
     """The products' dtype where a layer can be one node; None where it cannot."""
     tensors = [x, *(t for parameters in layers for t in parameters)]
-    if not backends.eager(tensors) or x.numel() == 0:
+    if not backends.eager(tensors) or not 0 < 3 * x.numel() * x.shape[1] < _LARGE:
         return None
     dtypes = {t.dtype for t in tensors}
     if not torch.is_autocast_enabled("cpu"):

@@ -193,7 +193,8 @@ def test_strides_and_repeats(autocast):
     """Transposed, sliced and expanded; a second backward gives the same, so nothing that is kept or given was changed."""
     x, parameters, grad = case(12, 8, 16)
     expected = run(nodes, x, parameters, grad, [5, 7], 2, 0.3, autocast=autocast)
-    for view in (lambda t: t.t().contiguous().t() if t.dim() == 2 else torch.stack([t, t], 1)[:, 0], lambda t: torch.cat([t, t], -1)[..., :t.shape[-1]]):
+    for view in (lambda t: t.t().contiguous().t() if t.dim() == 2 else torch.stack([t, t], 1)[:, 0],
+                 lambda t: torch.cat([t, t], -1)[..., :t.shape[-1]]):
         leaves = [view(t).requires_grad_() for t in [x, *sum(parameters, [])]]
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             z = nodes(leaves[0], [leaves[1:13], leaves[13:]], [5, 7], 2, 0.3)
@@ -260,7 +261,7 @@ def test_seed_comes_from_torch():
 
 
 def test_where_it_is_no_node(monkeypatch):
-    """Another dtype, plain PyTorch, an empty batch, transforms; each with the result of the formula."""
+    """Another dtype, plain PyTorch, an empty batch, transforms, a large layer; each with the result of the formula."""
     x, parameters, _ = case(9, 8, 16)
     made, expected = count(monkeypatch), formula(x, parameters, [4, 5], 2, 0.0)
     double = [[t.double() for t in layer] for layer in parameters]
@@ -278,6 +279,9 @@ def test_where_it_is_no_node(monkeypatch):
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(got, torch.autograd.grad(formula(leaf, parameters, [4, 5], 2, 0.0).square().sum(), leaf)[0], rtol=1e-4, atol=1e-4)
     torch.func.vmap(lambda t: nodes(x, [[t, *parameters[0][1:]]], [4, 5], 2, 0.0, backend="torch"))(parameters[0][0][None])
+    with monkeypatch.context() as large:
+        large.setattr(op, "_LARGE", 3 * 9 * 8 * 8)
+        torch.testing.assert_close(nodes(x, parameters, [4, 5], 2, 0.0), expected)
     assert made == []
     offsets = DialogueOffsets(torch.tensor([0, 4, 9]), 5)
     assert torch.equal(nodes(x, parameters, offsets, 2, 0.5), nodes(x, parameters, [4, 5], 2, 0.5)) and len(made) == 4
