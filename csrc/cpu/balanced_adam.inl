@@ -4,6 +4,7 @@
 constexpr int64_t kAdamChunk = 1 << 14;
 constexpr int64_t kPairs = 16;     // in a block of 32 normals, number i shares its radius with number i + 16
 constexpr int64_t kNormals = 64;   // drawn at a time
+constexpr int64_t kAhead = 1024;   // numbers between what is fetched and what is computed: over so much arithmetic the processor fetches too little
 
 INLINE Vector<float> square_root(Vector<float> value) {
 #if defined(ADA2I_MASKS)
@@ -170,6 +171,8 @@ static int balanced_adam_update(const BalancedAdam* args) {
     const float factor = float(s[0]), decay = float(s[1]), rate = float(s[2]), root = float(s[3]);
     const float to_gradient = float(s[4]), to_parameter = float(s[5]);
     auto update = [&](int64_t d, int64_t n, Vector<float> noise) __attribute__((always_inline)) {
+      __builtin_prefetch(p + d + kAhead, 1), __builtin_prefetch(g + d + kAhead);
+      __builtin_prefetch(m + d + kAhead, 1), __builtin_prefetch(v + d + kAhead, 1);
       auto theta = load(p + d, n), first = load(m + d, n), second = load(v + d, n);
       auto gradient = load(g + d, n) * factor + noise * to_gradient;
       gradient += theta * decay;
