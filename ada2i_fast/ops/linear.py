@@ -40,9 +40,6 @@ _SMALL = 1 << 19                 # multiply-adds below which the choice does not
 
 _chosen: dict[tuple, str] = {}   # (product, rows as a power of two, inputs, outputs, threads, ..) -> library
 
-_ops = torch.library.Library("ada2i_fast", "FRAGMENT")
-_ops.define("linear_backward(Tensor grad_out, Tensor x, bool bias) -> Tensor[]")
-
 
 @functools.cache
 def why_no_onednn() -> str | None:
@@ -73,15 +70,6 @@ _RUN: dict[str, Callable[..., Tensor]] = {"mkl": _mkl, "onednn": _onednn}
 def _backward(grad_out: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     """g_W, float32 [L, K], and with `bias` g_b, float32 [L]. grad_out: [N, L]; x: [N, K] in the same dtype, at most 32 bits."""
     return backends.module("linear", "cpu").backward(grad_out, x, bias)
-
-
-_ops.impl("linear_backward", _backward, "CPU")
-
-
-@torch.library.register_fake("ada2i_fast::linear_backward")
-def _(grad_out, x, bias):
-    outputs, inputs = grad_out.shape[1], x.shape[1]
-    return [x.new_empty(outputs, inputs, dtype=torch.float32)] + [x.new_empty(outputs, dtype=torch.float32)] * bias
 
 
 def _library() -> str:
