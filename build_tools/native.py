@@ -60,8 +60,7 @@ def build(library_folder: Path, object_folder: Path) -> dict:
 
 def cpu_rules(library: Path, objects: Path) -> tuple[str, dict]:
     compiler = find_cxx()
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    tiers = TIERS if x86 else {"baseline": []}
+    tiers = wanted_tiers()
     source = ROOT / "csrc" / "cpu"
     rules = [f"cxx = {compiler}", f"flags = {' '.join(CXX_FLAGS)}", *CXX_RULES]
     names = []
@@ -69,9 +68,19 @@ def cpu_rules(library: Path, objects: Path) -> tuple[str, dict]:
         names.append(f"{tier}.o")
         rules += [f"build {names[-1]}: compile {escape(source / 'tier.cpp')}",
                   f"  extra = {' '.join(flags)} -DADA2I_TIER={tier}"]
-    rules += [f"build dispatch.o: compile {escape(source / 'dispatch.cpp')}", f"  extra = {'-DADA2I_X86_TIERS' if x86 else ''}",
+    rules += [f"build dispatch.o: compile {escape(source / 'dispatch.cpp')}",
+              f"  extra = {' '.join(f'-DADA2I_HAS_{tier.upper()}' for tier in tiers)}",
               f"build {escape(library)}: link {' '.join(names)} dispatch.o"]
     return "\n".join(rules) + "\n", {"compiler": version_line(compiler), "tiers": list(tiers)}
+
+
+def wanted_tiers() -> dict[str, list[str]]:
+    """Tiers and their flags: those of the processor's kind, or of ADA2I_FAST_CPU_TIERS; baseline is always among them."""
+    known = TIERS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    names = (os.environ.get("ADA2I_FAST_CPU_TIERS") or " ".join(known)).replace(",", " ").split()
+    if unknown := [name for name in names if name not in known]:
+        raise Unavailable(f"ADA2I_FAST_CPU_TIERS: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return {name: flags for name, flags in known.items() if name in (*names, "baseline")}
 
 
 CXX_RULES = [

@@ -248,11 +248,17 @@ def copy_tree(target: Path) -> None:
     (target / "ada2i_fast" / "kernels").symlink_to("../kernels")        # as the installed package has it
 
 
+def mutated_tiers() -> str:
+    """The best tier that this processor has, beside the baseline: the others hold the same sources, and take as long to build."""
+    from ada2i_fast import cpu
+    return "" if cpu.why_not() else cpu.tiers()[0]
+
+
 def environment(copy: Path) -> dict[str, str]:
     temporary = copy.parent / "tmp"         # compilers' and tests' caches: gone with the copy
     temporary.mkdir(exist_ok=True)
     # The CUDA library is not under test here, and nvcc is slow; HYPOTHESIS: no example database of an earlier mutant.
-    return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1",
+    return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "ADA2I_FAST_CPU_TIERS": mutated_tiers(), "PYTHONDONTWRITEBYTECODE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
             "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis")}
 

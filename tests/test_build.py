@@ -39,7 +39,7 @@ else:
         (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(tools / "fakecxx"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CPU_TIERS", "ADA2I_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -81,6 +81,18 @@ def test_flags_tie_the_build_to_no_machine(fake_compilers):
             text = path.read_text()
             assert "-march=native" not in text and "-ffast-math" not in text
             assert ("-march=" in text) == name.startswith(("avx", "amx"))
+
+
+def test_tiers_by_name(fake_compilers, monkeypatch):
+    everything = native.wanted_tiers()
+    last = [*everything][-1]
+    monkeypatch.setenv("ADA2I_FAST_CPU_TIERS", last)
+    assert [*native.wanted_tiers()] == [*dict.fromkeys(("baseline", last))]
+    assert build(fake_compilers)["cpu"]["tiers"] == [*dict.fromkeys(("baseline", last))]
+    text = (fake_compilers / "objects" / "cpu" / "dispatch.o").read_text()
+    assert f"-DADA2I_HAS_{last.upper()}" in text and text.count("-DADA2I_HAS_") == len({"baseline", last})
+    monkeypatch.setenv("ADA2I_FAST_CPU_TIERS", "avx3")
+    assert "expected some of baseline" in build(fake_compilers)["cpu"]["reason"]
 
 
 def test_architectures(monkeypatch):

@@ -3,27 +3,33 @@
 
 #include <stdlib.h>
 #include <string.h>
-#if defined(ADA2I_X86_TIERS)
+#if defined(ADA2I_HAS_AMX_BF16)
 #include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #define ADA2I_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace baseline { extern const Ada2iTier tier; }
-#if defined(ADA2I_X86_TIERS)
+#if defined(ADA2I_HAS_AVX2)
 namespace avx2 { extern const Ada2iTier tier; }
+#endif
+#if defined(ADA2I_HAS_AVX512)
 namespace avx512 { extern const Ada2iTier tier; }
+#endif
+#if defined(ADA2I_HAS_AVX512_BF16)
 namespace avx512_bf16 { extern const Ada2iTier tier; }
+#endif
+#if defined(ADA2I_HAS_AMX_BF16)
 namespace amx_bf16 { extern const Ada2iTier tier; }
 #endif
 
 namespace {
 
-#if defined(ADA2I_X86_TIERS)
+#if defined(ADA2I_HAS_AMX_BF16)
 // Whether there are AMX tiles for bf16 and the system lets this process use them: their state is saved for those that ask alone.
 bool amx() {
   unsigned a, b, c, d;
@@ -43,16 +49,25 @@ const Ada2iTier* const* available() {
   if (list[0]) return list;
   const Ada2iTier* found[6] = {};
   int count = 0;
-#if defined(ADA2I_X86_TIERS)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
   const bool dot = v4 && __builtin_cpu_supports("avx512bf16");
+#if defined(ADA2I_HAS_AMX_BF16)
   if (dot && amx()) found[count++] = &amx_bf16::tier;
+#endif
+#if defined(ADA2I_HAS_AVX512_BF16)
   if (dot) found[count++] = &avx512_bf16::tier;
+#endif
+#if defined(ADA2I_HAS_AVX512)
   if (v4) found[count++] = &avx512::tier;
+#endif
+#if defined(ADA2I_HAS_AVX2)
   if (v3) found[count++] = &avx2::tier;
+#endif
+  (void)dot;
 #endif
   found[count++] = &baseline::tier;
   for (int i = count; i-- > 0;) list[i] = found[i];
