@@ -5,6 +5,12 @@
 constexpr int64_t kPanel = 2 * kWords > 64 ? 2 * kWords : 64;   // columns per job where threads divide columns
 constexpr int64_t kRowBlock = 32;
 
+// The columns d to d + kWords of the row that comes next are fetched during this one: rows are about as long as pages, at whose ends the
+// processor stops to fetch by itself.
+template <class S> INLINE void fetch(const S* next, int64_t d) {
+  for (int64_t v = 0; v < kWords; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + d + v);
+}
+
 INLINE float lane_sum(Vector<float> value) {
   float total[Lanes<float>::count];
   store(total, value);
@@ -90,14 +96,18 @@ template <class S> static int relu_dropout_backward(const DropoutFused* args) {
 }
 
 // s = residual + dropout(x + bias) of row n into `row`, which has room for whole vectors; lanes past the width are 0. Returns its sum.
-// The row's random words stay in `words`, round_up(width, kWords) of them.
-template <class S> INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row, uint32_t* words) {
+// The row's random words stay in `words`, round_up(width, kWords) of them. more: what else the caller reads of this row, or null.
+template <class S>
+INLINE float residual_row(const DropoutFused* args, const Mask& mask, int64_t n, float* row, uint32_t* words, const float* more) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t width = args->width;
   const S* x = (const S*)args->tensors[0] + n * width;
   const float *bias = (const float*)args->tensors[1], *residual = (const float*)args->tensors[2] + n * width;
   Vector<float> total = {};
   for (int64_t d = 0; d < width; d += kWords) {
+    fetch(x + width, d);
+    fetch(residual + width, d);
+    if (more) fetch(more + width, d);
     if (mask.used) philox(mask.seed, n, mask.stream, d, words + d);
     for (int64_t v = 0; v < kWords && d + v < width; v += lanes) {
       const int64_t at = d + v, left = width - at;
@@ -125,7 +135,7 @@ template <class S> static int dropout_norm_forward(const DropoutFused* args) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     float* row = scratch.of(omp_get_thread_num());
-    const float mean = residual_row<S>(args, mask, n, row, words.of(omp_get_thread_num())) / float(width);
+    const float mean = residual_row<S>(args, mask, n, row, words.of(omp_get_thread_num()), nullptr) / float(width);
     Vector<float> total = {};
     for (int64_t d = 0; d < width; d += lanes) {
       auto value = load(row + d, width - d) - mean;
@@ -164,9 +174,9 @@ template <class S> static int dropout_norm_backward(const DropoutFused* args) {
       float *to_bias = partial.data + block * partial.each, *to_weight = to_bias + padded, *to_shift = to_weight + padded;
       __builtin_memset(to_bias, 0, size_t(3 * padded) * sizeof(float));
       for (int64_t n = block * kRowBlock; n < smaller((block + 1) * kRowBlock, rows); ++n) {
-        residual_row<S>(args, mask, n, row, words);
-        const float mean = means[n], rstd = rstds[n];
         const float* g_row = grad_out + n * width;
+        residual_row<S>(args, mask, n, row, words, g_row);
+        const float mean = means[n], rstd = rstds[n];
         Vector<float> first = {}, second = {};
         for (int64_t d = 0; d < width; d += lanes) {
           auto g = load(g_row + d, width - d), normed = (load(row + d) - mean) * rstd;   // g is 0 past the width
