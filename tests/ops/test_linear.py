@@ -252,7 +252,7 @@ def test_who_computes_the_parameters_gradients(name, dtype, monkeypatch):
     used, measured = [], []
     runs = {key: (lambda key, run: lambda *a: (used.append(key), run(*a))[1])(key, run) for key, run in op._PARAMETERS.items()}
     monkeypatch.setattr(op, "_PARAMETERS", runs)
-    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append(runs), [*runs][-1])[1])
+    monkeypatch.setattr(op, "_measure", lambda runs, *a, **_: (measured.append(runs), [*runs][-1])[1])
     x, w, b, grad = case(40, 24, 16)
 
     def under(*tensors, **options):
@@ -358,7 +358,7 @@ def test_who_rounds_the_weight(tier, name, relu, monkeypatch):
     monkeypatch.setattr(op, "_SMALL", 0)
     monkeypatch.setattr(op, "_chosen", {})
     measured = []
-    monkeypatch.setattr(op, "_measure", lambda runs, *a: (measured.append(runs), [*runs][-1])[1])
+    monkeypatch.setattr(op, "_measure", lambda runs, *a, **_: (measured.append(runs), [*runs][-1])[1])
     x, w, b, grad = case(40, 24, 16)
     able = cpu.tier() in cpu.BF16_TIERS
     own = name == "native" or name == "auto" and able
