@@ -62,7 +62,7 @@ def cpu_rules(library: Path, objects: Path) -> tuple[str, dict]:
     compiler = find_cxx()
     tiers = wanted_tiers()
     source = ROOT / "csrc" / "cpu"
-    rules = [f"cxx = {compiler}", f"flags = {' '.join(CXX_FLAGS)}", *CXX_RULES]
+    rules = [f"cxx = {compiler}", f"flags = {' '.join(CXX_FLAGS)} {os.environ.get('CXXFLAGS', '')}".rstrip(), *CXX_RULES]
     names = []
     for tier, flags in tiers.items():
         names.append(f"{tier}.o")

@@ -39,7 +39,7 @@ else:
         (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(tools / "fakecxx"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CPU_TIERS", "ADA2I_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CPU_TIERS", "ADA2I_FAST_CUDA", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -81,6 +81,13 @@ def test_flags_tie_the_build_to_no_machine(fake_compilers):
             text = path.read_text()
             assert "-march=native" not in text and "-ffast-math" not in text
             assert ("-march=" in text) == name.startswith(("avx", "amx"))
+
+
+def test_flags_of_the_user_come_last(fake_compilers, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O1 -g")
+    build(fake_compilers)
+    text = (fake_compilers / "objects" / "cpu" / "dispatch.o").read_text()
+    assert text.index("-O3") < text.index("-O1 -g")
 
 
 def test_tiers_by_name(fake_compilers, monkeypatch):
