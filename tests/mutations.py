@@ -7,6 +7,7 @@ mutant's text is no longer found in its file or the unbroken copy fails. Nothing
 
     python tests/mutations.py --check                # only look whether every mutant still fits its file
     python tests/mutations.py cuda --only barrier    # those whose kind or description holds the word
+    python tests/mutations.py cpu --minutes 20       # begin no mutant after that; the page says how many did not run
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def clear_bytecode(copy: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, str]]:
+def run_backend(backend: str, mutants: list[Mutant], deadline: float) -> list[tuple[Mutant, str, str]]:
     build, tests, limit = BACKENDS[backend]
     with tempfile.TemporaryDirectory(prefix="ada2i_mutations_") as folder:
         copy = Path(folder) / "tree"
@@ -316,6 +317,8 @@ def run_backend(backend: str, mutants: list[Mutant]) -> list[tuple[Mutant, str, 
             raise SystemExit(2)
         results = []
         for mutant in mutants:
+            if time.time() > deadline:
+                break
             path, start = copy / mutant.file, time.time()
             text = path.read_text()
             if text.count(mutant.old) != 1:
@@ -380,7 +383,9 @@ def main() -> int:
     parser.add_argument("backends", nargs="*", metavar="backend", help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", help="a word in the kind or the description; the page is not written then")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant of a C++ or PyTorch backend after so many")
     arguments = parser.parse_args()
+    deadline = time.time() + 60 * arguments.minutes
     unknown = set(arguments.backends) - set(NAMES)
     if unknown:
         parser.error(f"backend: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
@@ -398,7 +403,7 @@ def main() -> int:
         if backend == "triton":
             results[backend] = run_triton([(m, cases) for m, cases in triton_mutants() if wanted(m)])
         else:
-            results[backend] = run_backend(backend, [m for m in MUTANTS if m.backend == backend and wanted(m)])
+            results[backend] = run_backend(backend, [m for m in MUTANTS if m.backend == backend and wanted(m)], deadline)
         if not arguments.only:
             write_page(results)
     return int(any(verdict != "caught" for rows in results.values() for _, verdict, _ in rows))
