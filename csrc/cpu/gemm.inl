@@ -74,6 +74,7 @@ static __attribute__((noinline)) void micro_kernel(const U* left, const U* panel
     for (int v = 0; v < width; ++v) __builtin_memcpy(c + i * kColumns<T> + v * lanes, &total[i][v], kBytes);
 }
 
+template <class E> struct Engine { Engine() {} };                                     // what has to be set up before a micro-kernel
 #if defined(__AMX_BF16__)
 // The shapes of the tiles, all of 16 rows of 64 bytes, for as long as it lives: 0 to 3 accumulate, 4 and 5 are left, 6 and 7 right.
 struct Tiles {
@@ -118,10 +119,7 @@ template <int width, bool add> static __attribute__((noinline)) void tile_kernel
 template <class Layout, int width> INLINE void micro_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
   tile_kernel<width, false>(left, panel, count, c);
 }
-template <class E> struct Engine { Engine() {} };                                     // what has to be set up before a micro-kernel
 template <> struct Engine<bf16> : Tiles {};
-#else
-template <class E> struct Engine { Engine() {} };
 #endif
 
 // At most so many steps are summed in a row, longer sums in parts: rounding errors grow with the length of a sum.

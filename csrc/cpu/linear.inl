@@ -1,6 +1,12 @@
 // A linear map of rows in bf16 by a weight in float, which is rounded where it is packed, and its gradients, those of the parameters in
 // float; ada2i_fast/ops/linear.py says when.
 
+// The size of groups of `count` pieces: as many groups for each thread, none larger than `most`.
+INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
+  const int64_t turns = (count + threads * most - 1) / (threads * most);
+  return turns ? (count + threads * turns - 1) / (threads * turns) : 1;
+}
+
 constexpr int kMostPanels = 4;     // panels of the weight that one job packs side by side: a row's share is some cache lines
 
 //   x weight bias (null: none) | out
@@ -15,9 +21,7 @@ template <class S, bool transposed> static int linear_product(const Linear* args
   S* out = (S*)args->tensors[3];
   const int threads = useful_threads(args->threads, rows * k * n);
   const int64_t strips = (rows + kHeight<E> - 1) / kHeight<E>, each = left_size<E>(k);
-  // As many groups of panels for each thread, none larger than kMostPanels.
-  const int64_t panels = (n + columns - 1) / columns, turns = (panels + threads * kMostPanels - 1) / (threads * kMostPanels);
-  const int64_t together = turns ? (panels + threads * turns - 1) / (threads * turns) : 1, groups = (panels + together - 1) / together;
+  const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels), groups = (panels + together - 1) / together;
   Scratch<E> left(strips * each), right(right_size<E>(k, together * columns), threads);
   Scratch<float> sums(sums_size<E>(together * columns), threads);
   if (!left.ok() || !right.ok() || !sums.ok()) return 1;
@@ -74,9 +78,8 @@ template <class S> static int linear_backward(const Linear* args) {
   if (m == 0) return 0;
   const int threads = useful_threads(args->threads, rows * m * n);
   const int64_t passes = rows > kDepth ? (rows + kDepth - 1) / kDepth : 1, depth = round_up(rows / passes + 1, kBlock);
-  // As many groups of strips for each thread, none larger than kMostStrips.
-  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, turns = (strips + threads * kMostStrips<E> - 1) / (threads * kMostStrips<E>);
-  const int64_t together = (strips + threads * turns - 1) / (threads * turns), groups = (strips + together - 1) / together;
+  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips<E>);
+  const int64_t groups = (strips + together - 1) / together;
   const int64_t each = left_size<E>(depth);           // whole vectors are stored, so the last step of a strip writes past its end
   Scratch<E> right(right_size<E>(depth, n)), left(together * each, threads);
   if (!right.ok() || !left.ok()) return 1;
