@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ada2i_fast import backends, cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 # What keeps this package, oneDNN, ATen and MKL (on Intel) from AVX-512 and AMX; set before the process starts.
 AVX2 = {"ADA2I_FAST_CPU_TIER": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -41,8 +43,6 @@ def slug(name: str) -> str:
 @functools.cache
 def facts(device: str) -> dict:
     """Machine, tier, threads, versions, commit; the load shows whether the machine was quiet."""
-    from ada2i_fast import cpu
-
     def version(package):
         try:
             return importlib.metadata.version(package)
@@ -76,13 +76,15 @@ def _best(call, device: str, seconds: float = 0.3) -> float:
 
 @functools.cache
 def matrix_rate(device: str, dtype: str) -> float:
-    """Operations per second of the fastest matrix product at hand, on the shape of an encoder's feed-forward (larger on a GPU)."""
+    """Operations per second of the fastest matrix product at hand, this package's own among them, on the shape of an encoder's feed-forward (larger on a GPU)."""
     rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (512, 1024, 2048)
     x = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
     w = torch.randn(columns, inner, device=device, dtype=getattr(torch, dtype))
     calls = [lambda: torch.nn.functional.linear(x, w)]
     if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
+    if device == "cpu" and dtype == "float32" and cpu.why_not() is None:
+        calls.append(lambda: backends.module("linear", "cpu").forward(x, w, None))
     with torch.no_grad():
         return 2.0 * rows * inner * columns / min(_best(call, device) for call in calls)
 

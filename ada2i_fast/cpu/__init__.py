@@ -19,9 +19,10 @@ from .. import backends
 
 __all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
 BF16_TIERS = ("amx_bf16", "avx512_bf16")       # those that multiply bf16 as it stands
+FLOAT32_TIERS = ("amx_bf16",)                  # those that multiply float32 faster than by vectors
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

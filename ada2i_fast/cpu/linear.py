@@ -1,4 +1,4 @@
-"""A linear map and its gradients on the CPU, between 16 bits and float32 parameters; see ada2i_fast/ops/linear.py and csrc/cpu/linear.inl."""
+"""A linear map and its gradients on the CPU, of rows of at most 32 bits by float32 parameters; see ada2i_fast/ops/linear.py and csrc/cpu/linear.inl."""
 
 from __future__ import annotations
 

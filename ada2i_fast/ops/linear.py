@@ -3,17 +3,18 @@
     forward   y = x W^T + b
     backward  g_x = g W,   g_W = g^T x,   g_b = sum_n g
 
-On a CPU torch sends float32 products to MKL, and has oneDNN too. Which is faster depends on the processor, so each product (forward,
-g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and the winner kept.
-ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is missing or fails,
-"auto" stays with MKL.
+On a CPU torch sends float32 products to MKL, and has oneDNN too; this package has its own (csrc/cpu/linear.inl). Which is fastest depends on
+the processor, so each product (forward, g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and
+the winner kept. ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is
+missing or fails, "auto" goes without. The package's own float32 products come into question where the tier multiplies floats in AMX tiles, as sums of three
+bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN.
 
 Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_b come out in the parameters' dtype, g_x in that of x. torch
 has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W
-is rounded to the 16 bits and widened again. This package's own products (csrc/cpu/linear.inl) round a float32 W where they pack it, in
-either direction (bfloat16, where the tier multiplies it), and write g_W in float32, with g_b from the same pass, as summed in float32.
-"auto" times the two as above, y and g_x together with the cast; "native" takes its own, with any other name torch has them all; in float32
-"native" is "auto". Everything else (other dtypes and devices, tracing) is `F.linear`.
+is rounded to the 16 bits and widened again. This package's own products round a float32 W where they pack it, in either direction
+(bfloat16, where the tier multiplies it), and write g_W in float32, with g_b from the same pass, as summed in float32. "auto" times the two
+as above, y and g_x together with the cast; "native" takes its own, with any other name torch has them all. Everything else (other dtypes and
+devices, tracing) is `F.linear`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,18 @@ def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-_RUN: dict[str, Callable[..., Tensor]] = {"mkl": _mkl, "onednn": _onednn}
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    y = backends.module("linear", "cpu").forward(x, weight, bias)
+    return y.relu_() if relu else y
+
+
+def _native_input(x: Tensor, weight: Tensor, bias: None, relu: bool) -> Tensor:
+    return backends.module("linear", "cpu").input_gradient(x, weight.t())
+
+
+_LIBRARIES: dict[str, Callable[..., Tensor]] = {"mkl": _mkl, "onednn": _onednn}
+# By the kind of product; g_W of the package's own comes with g_b, in `_parameters`.
+_RUN = {"forward": {**_LIBRARIES, "native": _native}, "input": {**_LIBRARIES, "native": _native_input}, "weight": _LIBRARIES}
 
 
 def _backward(grad_out: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
@@ -85,7 +97,7 @@ def _library() -> str:
 
 def _gradient(kind: str, grad: Tensor, other: Tensor) -> Tensor:
     """g W of kind "input", with W for other, or g^T x of kind "weight"."""
-    if grad.dtype != torch.float32 or grad.numel() * other.shape[1] < _SMALL and _library() != "onednn":
+    if grad.dtype != torch.float32 or grad.numel() * other.shape[1] < _SMALL and _library() not in ("onednn", "native"):
         # As `_product` has it in the end, without the transposes that it begins with: they take as long as a small product.
         return grad.mm(other) if kind == "input" else grad.t().mm(other)
     return _product(kind, grad, other.t()) if kind == "input" else _product(kind, grad.t(), other.t())
@@ -94,9 +106,11 @@ def _gradient(kind: str, grad: Tensor, other: Tensor) -> Tensor:
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
     library = _library() if x.dtype == torch.float32 else "mkl"
-    if library in ("auto", "native"):
+    if library == "native" and kind == "weight":                # `_parameters` has taken the package's own, or must not
+        library = "auto"
+    if library == "auto":
         (rows, inputs), outputs = x.shape, weight.shape[0]
-        if rows * inputs * outputs < _SMALL or why_no_onednn():
+        if rows * inputs * outputs < _SMALL:
             library = "mkl"
         else:
             # The batch is the dimension that changes from step to step: in g_W it is the one summed over.
@@ -105,16 +119,26 @@ def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, r
             key = (kind, rows.bit_length(), inputs, outputs, torch.get_num_threads())
             library = _chosen.get(key)
             if library is None:
-                library = _chosen[key] = _measure(_RUN, x, weight, bias, relu)
+                runs = {name: run for name, run in _RUN[kind].items()
+                        if name == "mkl" or name == "onednn" and not why_no_onednn() or name == "native" and _own_is_fast(x)}
+                library = _chosen[key] = _measure(runs, x, weight, bias, relu) if len(runs) > 1 else "mkl"
+    if library == "native" and not _may_take_own(x):            # ADA2I_FAST_BACKEND has the last word
+        library = "mkl"
     if library == "onednn":
         x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
-    return _RUN[library](x, weight, bias, relu)
+    return _RUN[kind][library](x, weight, bias, relu)
 
 
 def _may_take_own(x: Tensor) -> str | None:
-    """"auto" or "native" where this package's own products of 16 bits come into question."""
+    """"auto" or "native" where this package's own products come into question."""
     library = _library()
     return library if library in ("auto", "native") and backends.best("linear", "cpu", x.dtype, x.shape[1]) == "cpu" else None
+
+
+def _own_is_fast(x: Tensor) -> bool:
+    """Whether "auto" times them: without instructions for the dtype the tier is not worth the measurement."""
+    tiers = {torch.float32: cpu.FLOAT32_TIERS, torch.bfloat16: cpu.BF16_TIERS}
+    return x.dtype in tiers and _may_take_own(x) is not None and cpu.tier() in tiers[x.dtype]
 
 
 def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None) -> str:
@@ -140,15 +164,16 @@ _PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torc
 
 
 def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
-    """g_W and, with `bias`, g_b, in float32; of 16-bit ones by the faster way at this size, as `_product`."""
+    """g_W and, with `bias`, g_b, in float32, by the faster way at this size, as `_product`."""
     name = "torch"
-    if grad.dtype != torch.float32 and (library := _may_take_own(x)):
+    if library := _may_take_own(x):
         (rows, inputs), outputs, name = x.shape, grad.shape[1], "native"
-        if library == "auto" and rows * inputs * outputs >= _SMALL:
+        if library == "auto" and (x.dtype == torch.float32 or rows * inputs * outputs >= _SMALL):
             key = ("parameters", rows.bit_length(), inputs, outputs, torch.get_num_threads(), grad.dtype, bias)
             name = _chosen.get(key)
             if name is None:
-                name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias)
+                tried = rows * inputs * outputs >= _SMALL and (x.dtype != torch.float32 or _own_is_fast(x))
+                name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias) if tried else "torch"
     return _PARAMETERS[name](grad, x, bias)
 
 
@@ -182,9 +207,8 @@ def _packs_itself(x: Tensor, weight: Tensor) -> bool:
     key = ("rounding", rows.bit_length(), inputs, outputs, torch.get_num_threads())
     name = _chosen.get(key)
     if name is None:
-        # Without bf16 products of its own the tier multiplies in float32, and is not worth its measurement.
         # A step finds the weight in memory; of two runs in a row the second one would not, and a cast would seem to cost little.
-        name = _chosen[key] = _measure(_ROUNDING, x, weight, other=torch.zeros(1 << 23)) if cpu.tier() in cpu.BF16_TIERS else "torch"
+        name = _chosen[key] = _measure(_ROUNDING, x, weight, other=torch.zeros(1 << 23)) if _own_is_fast(x) else "torch"
     return name == "native"
 
 

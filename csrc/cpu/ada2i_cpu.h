@@ -109,10 +109,8 @@ struct Ada2iTier {
   int (*dropout_norm_backward[ADA2I_DTYPES])(const DropoutFused*);
   int (*dialogue_attention_forward[ADA2I_DTYPES])(const DialogueAttention*);
   int (*dialogue_attention_backward[ADA2I_DTYPES])(const DialogueAttention*);
-  // ADA2I_BFLOAT16 alone.
   int (*linear_forward[ADA2I_DTYPES])(const Linear*);
   int (*linear_input[ADA2I_DTYPES])(const Linear*);
-  // None for ADA2I_FLOAT64.
   int (*linear_backward[ADA2I_DTYPES])(const Linear*);
   int (*balanced_adam_measure)(const BalancedAdam*);
   int (*balanced_adam_update)(const BalancedAdam*);

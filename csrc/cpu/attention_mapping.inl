@@ -2,7 +2,7 @@
 
 // The part of one tile: packed x times phi, against target(i, d), the vector of the target's row i at d. Signs go to sign [height][D].
 template <class S, class P, class F>
-INLINE Compute<S> mapping_tile(const Operand<S>* left, const Operand<S>* phi, const P* bias, int64_t D, int64_t height, int8_t* sign, F target) {
+INLINE Compute<S> mapping_tile(const Packed<S>* left, const Packed<S>* phi, const P* bias, int64_t D, int64_t height, int8_t* sign, F target) {
   using T = Compute<S>;
   constexpr int lanes = Lanes<T>::count;
   Vector<T> total = {};
@@ -27,7 +27,7 @@ INLINE double mapping_total(const double* coefficient, const double* partial, in
 
 template <class S> static int attention_mapping_forward(const AttentionMapping* args) {
   using T = Compute<S>;
-  using E = Operand<S>;
+  using E = Packed<S>;
   const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kHeight<E> - 1) / kHeight<E>;
   void* const* t = args->tensors;
   int64_t widest = 0, packed = 0, panels = 0, work = 0;
@@ -61,7 +61,7 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
       const S* target = (const S*)t[M + j] + first * D;
       const S* bias = (const S*)t[3 * M + j];
       int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
-      pack_left_rows(tile_left, x, D, height);
+      pack_left_rows(tile_left, x, D, D, height);
       partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], bias, D, height, sign,
                                        [&](int i, int64_t d, int64_t n) { return load(target + i * D + d, n); });
     }
@@ -72,7 +72,7 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
 
 template <class S> static int attention_mapping_backward(const AttentionMapping* args) {
   using T = Compute<S>;
-  using E = Operand<S>;
+  using E = Packed<S>;
   constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
   const int64_t M = args->modalities, rows = args->rows, tiles = (rows + kHeight<E> - 1) / kHeight<E>;
   void* const* t = args->tensors;
@@ -122,13 +122,13 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
       S* grad_x = (S*)t[3 * M + j] + first * D;
       S* grad_target = (S*)t[4 * M + j] + first * D;
       for (int i = 0; i < kHeight<E>; ++i)
-        pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
+        pack_left((PackedSigns<S>*)tile_left, i, D, [&](int64_t d, int64_t n) {
           if (i >= height) return Vector<T>{};
           auto s = load_signs<T>(sign + i * D + d, n);
           store(grad_target + i * D + d, -factor * s, n);
           return s;
         });
-      multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
+      multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes)
             store(grad_x + i * D + column + v, factor * load(c + i * kColumns<T> + v), columns - v);

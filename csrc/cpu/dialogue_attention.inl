@@ -97,7 +97,7 @@ template <class U, class S> INLINE void pack_rows(Panels<U> to, const S* rows, i
   constexpr int lanes = Lanes<U>::count, per = sizeof(U) / sizeof(Operand<S>);
   for (int64_t r = 0; r < round_up(count, kThird); ++r)
     for (int64_t d = 0; d < width; d += lanes * per)
-      to.put(r, d / per, r < count ? steps_at((U*)0, rows + r * stride + d, width - d) : Vector<U>{});
+      to.put(r, d / per, r < count ? steps_at((Operand<S>*)0, rows + r * stride + d, width - d).part[0] : Vector<U>{});
 }
 
 // The same where the rows are steps.
@@ -105,7 +105,7 @@ template <class U, class S> INLINE void pack_steps(Panels<U> to, const S* rows, 
   constexpr int lanes = Lanes<U>::count, per = sizeof(U) / sizeof(Operand<S>);
   for (int64_t r = 0; r < count; r += per) {
     const S *row = rows + r * stride, *next = r + 1 < count ? row + stride : nullptr;
-    for (int64_t d = 0; d < width; d += lanes) to.put(r / per, d, row_step((U*)0, row + d, next ? next + d : nullptr, width - d));
+    for (int64_t d = 0; d < width; d += lanes) to.put(r / per, d, row_step((Operand<S>*)0, row + d, next ? next + d : nullptr, width - d).part[0]);
   }
 }
 
@@ -116,7 +116,7 @@ template <class U, class S> INLINE void pack_columns(Panels<U> to, const S* rows
     for (int64_t d = 0; d < width; d += lanes * per) {
       Vector<U> square[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) square[i] = r + i < count ? steps_at((U*)0, rows + (r + i) * stride + d, width - d) : Vector<U>{};
+      for (int i = 0; i < lanes; ++i) square[i] = r + i < count ? steps_at((Operand<S>*)0, rows + (r + i) * stride + d, width - d).part[0] : Vector<U>{};
       transpose_square<U>(square);
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) to.put(d / per + i, r, square[i]);
@@ -137,13 +137,13 @@ INLINE void round_tile(Panels<uint32_t> to, Panels<float> tile, int64_t height, 
     for (int64_t d = 0; d < n; d += 32) {
       const auto low = first_lanes(load(tile.at(i, d)), n - d, 0.0f);
       const auto high = n - d > 16 ? first_lanes(load(tile.at(i, d + 16)), n - d - 16, 0.0f) : Vector<float>{};
-      to.put(i, d / 2, (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+      to.put(i, d / 2, rounded(low, high));
     }
 }
 INLINE void round_transposed(Panels<uint32_t> to, int64_t row, Panels<float> tile, int64_t height, int64_t n) {
   for (int64_t i = 0; i < height; i += 2)
     for (int64_t d = 0; d < n; d += 16)
-      to.put((row + i) / 2, d, row_step((uint32_t*)0, (const float*)tile.at(i, d), i + 1 < height ? (const float*)tile.at(i + 1, d) : nullptr, 16));
+      to.put((row + i) / 2, d, row_step((bf16*)0, (const float*)tile.at(i, d), i + 1 < height ? (const float*)tile.at(i + 1, d) : nullptr, 16).part[0]);
 }
 #endif
 
@@ -211,7 +211,7 @@ struct Pieces {
 };
 
 template <class E> struct ForwardScratch : Pieces {
-  using U = typename Step<E>::type;
+  using U = Word<E>;
   Panels<U> keys, values, queries, weights;   // weights: the scores themselves where they are float
   Panels<float> scores, result;
   uint32_t* words;
@@ -297,7 +297,7 @@ template <class S> static int dialogue_attention_forward(const DialogueAttention
 
 // Of float operands one serves wherever the matrix is a factor.
 template <class E> struct BackwardScratch : Pieces {
-  using U = typename Step<E>::type;
+  using U = Word<E>;
   Panels<U> keys, values, key_steps, queries, query_steps, grads, grad_steps, weights, score_grads, score_steps;
   Panels<float> P, dS, result, to_keys, to_values;
   uint32_t* words;

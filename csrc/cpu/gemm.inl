@@ -9,29 +9,59 @@
 // A step is one element of float or double, or two consecutive elements of bf16 where the tier has the bf16 dot product. There the
 // operands are rounded to bf16 and the sum is float32; elsewhere bf16 and half are widened and multiplied in float32. AMX takes 16 steps
 // at once: operands are filled up with zeros to a whole number of those.
+//
+// AMX multiplies floats too, as bf16x3: x = x0 + x1 + x2, each the rest of x rounded to bf16 (halves up), holds the 24 bits of a float. Of the nine
+// products of two such sums the three smallest, some 2^-26 of the whole, are left out (Henry, Tang and Heinecke, 2019). Six products in tiles
+// take less time than one in vectors. As everywhere in AMX subnormal numbers count as 0, those of x1 and x2 too; infinities, and numbers
+// that round to one in bf16 (above 3.39e38), give NaN. The parts of 16 steps lie one after the other.
 
+#if defined(__AMX_BF16__)
+struct bf16x3 { bf16 part[3]; };
+#endif
+// Operand: what numbers of type S are multiplied as. Packed: the type of packed operands.
 template <class S> struct OperandOf { typedef Compute<S> type; };
 #if defined(__AVX512BF16__)
 template <> struct OperandOf<bf16> { typedef bf16 type; };
 #endif
 template <class S> using Operand = typename OperandOf<S>::type;
+template <class E> struct PackedOf { typedef E type; };
+#if defined(__AMX_BF16__)
+template <> struct PackedOf<float> { typedef bf16x3 type; };
+#endif
+template <class S> using Packed = typename PackedOf<Operand<S>>::type;
+// What a left operand of -1, 0 and 1 is packed as, to be multiplied by Packed<S>: of bf16x3 one part says all.
+template <class E> struct SignsOf { typedef E type; };
+#if defined(__AMX_BF16__)
+template <> struct SignsOf<bf16x3> { typedef bf16 type; };
+#endif
+template <class S> using PackedSigns = typename SignsOf<Packed<S>>::type;
 
-template <class E> struct Step { typedef E type; static constexpr int elements = 1; static constexpr E one = 1; };
-template <> struct Step<bf16> { typedef uint32_t type; static constexpr int elements = 2; static constexpr type one = 0x3f803f80; };
+// What a step is made of: words, one for each part.
+template <class E> struct Step { typedef E word; static constexpr int elements = 1, parts = 1; static constexpr E one = 1; };
+template <> struct Step<bf16> { typedef uint32_t word; static constexpr int elements = 2, parts = 1; static constexpr word one = 0x3f803f80; };
+#if defined(__AMX_BF16__)
+template <> struct Step<bf16x3> : Step<bf16> { static constexpr int parts = 3; };     // one: of the first part
+#endif
+template <class E> using Word = typename Step<E>::word;
+template <class E> struct Steps { Vector<Word<E>> part[Step<E>::parts]; };            // a step of each column, or steps in a row
 
 constexpr int kRows = kBytes == 64 ? 12 : 6;                                          // 24 of 32, or 12 of 16, registers accumulate
 template <class E> constexpr int kHeight = kRows;                                     // rows of the left operand
 template <class E> constexpr int kStepBlock = 1;                                      // steps come in multiples of it
 #if defined(__AMX_BF16__)
 template <> constexpr int kHeight<bf16> = 32;                                         // 2 x 2 tiles of 16 x 16 accumulate
+template <> constexpr int kHeight<bf16x3> = 32;
 template <> constexpr int kStepBlock<bf16> = 16;
+template <> constexpr int kStepBlock<bf16x3> = 16;
 #endif
+template <class E> constexpr bool kTiles = (kStepBlock<E> > 1);
 template <class T> constexpr int kColumns = 2 * Lanes<T>::count;
+template <class E> constexpr int kStripLength = 64 / sizeof(Word<E>) * Step<E>::elements;
 
 template <class E> INLINE int64_t steps(int64_t k) { return (k + Step<E>::elements - 1) / Step<E>::elements; }
 template <class E> INLINE int64_t padded_steps(int64_t k) { return round_up(steps<E>(k), kStepBlock<E>); }
 template <class E> constexpr int64_t left_size(int64_t k) {                           // see pack_left_columns for what comes on top
-  return kHeight<E> * ((k * int64_t(sizeof(E)) + 63) / 64 * 64 / int64_t(sizeof(E))) + 64;
+  return kHeight<E> * ((k + kStripLength<E> - 1) / kStripLength<E> * kStripLength<E>) + 64;
 }
 template <class E> INLINE int64_t right_size(int64_t k, int64_t n) {
   return padded_steps<E>(k) * Step<E>::elements * round_up(n, kColumns<Compute<E>>);
@@ -52,7 +82,7 @@ struct Columns { static constexpr int at(int i, int k, int) { return k * kRows +
 
 // c[kRows][kColumns] = left * panel, over `count` steps.
 template <class Layout, int width, class U, class T>
-static __attribute__((noinline)) void micro_kernel(const U* left, const U* panel, int64_t count, T* c) {
+static __attribute__((noinline)) void vector_kernel(const U* left, const U* panel, int64_t count, T* c) {
   constexpr int lanes = Lanes<T>::count, strip = 64 / sizeof(U);
   Vector<T> total[kRows][width] = {};
   auto step = [&](int k) __attribute__((always_inline)) {
@@ -87,8 +117,9 @@ struct Tiles {
 };
 
 // c (+)= left * panel
-template <int width, bool add> static __attribute__((noinline)) void tile_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
-  constexpr int columns = kColumns<float>;
+template <class L, class E, int width, bool add>
+static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel, int64_t count, float* c) {
+  constexpr int columns = kColumns<float>, part = 32 * 16;                            // words of a part, left and right
   if (add) {
     _tile_loadd(0, c, 4 * columns);
     _tile_loadd(1, c + 16, 4 * columns);
@@ -100,14 +131,38 @@ template <int width, bool add> static __attribute__((noinline)) void tile_kernel
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (; count > 0; count -= 16, left += 32 * 16, panel += 16 * columns) {
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, panel, 4 * columns);
+  auto l = (const uint32_t*)left, r = (const uint32_t*)panel;
+  auto take = [&](int left_part, int right_part) __attribute__((always_inline)) {
+    _tile_loadd(4, l + left_part * part, 64);
+    _tile_loadd(6, r + right_part * part, 4 * columns);
+    _tile_loadd(5, l + left_part * part + part / 2, 64);
+    if (width == 2) _tile_loadd(7, r + right_part * part + 16, 4 * columns);
+  };
+  // Multiply what is there. The tiles of another part follow as soon as theirs have served.
+  auto then_left = [&](int which) __attribute__((always_inline)) {
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, left + 16 * 16, 64);
+    if (width == 2) _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, l + which * part, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    if (width == 2) _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(5, l + which * part + part / 2, 64);
+  };
+  auto then_right = [&](int which) __attribute__((always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, r + which * part, 4 * columns);
+    if (width == 1) return;
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(7, r + which * part + 16, 4 * columns);
+  };
+  for (; count > 0; count -= 16, l += Step<L>::parts * part, r += Step<E>::parts * part) {
+    if (Step<L>::parts == 3) take(2, 0), then_left(1), then_right(1), then_left(0), then_right(2), then_right(0);
+    else if (Step<E>::parts == 3) take(0, 2), then_right(1), then_right(0);
+    else take(0, 0);
+    _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     if (width == 1) continue;
-    _tile_loadd(7, panel + 16, 4 * columns);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -116,145 +171,185 @@ template <int width, bool add> static __attribute__((noinline)) void tile_kernel
   _tile_stored(2, c + 16 * columns, 4 * columns);
   _tile_stored(3, c + 16 * columns + 16, 4 * columns);
 }
-template <class Layout, int width> INLINE void micro_kernel(const uint32_t* left, const uint32_t* panel, int64_t count, float* c) {
-  tile_kernel<width, false>(left, panel, count, c);
-}
+template <class E> constexpr int64_t kPart = Step<E>::parts == 3 ? 64 : 128;          // steps whose panel stays in the first-level cache
 template <> struct Engine<bf16> : Tiles {};
+template <> struct Engine<bf16x3> : Tiles {};
 #endif
 
-// At most so many steps are summed in a row, longer sums in parts: rounding errors grow with the length of a sum.
+// c = left * panel, of which `columns` exist, over `count` steps. At most kMostSteps are summed in a row, longer sums in parts: rounding
+// errors grow with the length of a sum.
 constexpr int64_t kMostSteps = 512;
 
-// All columns of kHeight rows; consume(c, column, columns) takes each tile while it is in the first-level cache.
-template <class Layout, class E, class F>
-INLINE void multiply(const E* left, const E* right, int64_t k, int64_t n, F consume) {
+template <class Layout, class L, class E> INLINE void micro_kernel(const L* left, const E* panel, int64_t count, int64_t columns, Compute<E>* c) {
   using T = Compute<E>;
-  using U = typename Step<E>::type;
-  constexpr int size = kHeight<E> * kColumns<T>;
-  alignas(64) T c[size], part[size];
+  constexpr int size = kHeight<E> * kColumns<T>, per = Step<E>::elements;
+  alignas(64) T part[size];
+  for (int64_t start = 0; start == 0 || start < count; start += kMostSteps) {
+    T* to = start ? part : c;
+    const int64_t here = smaller(kMostSteps, count - start);
+    const L* from = left + start * kHeight<E> * per;
+    const E* times = panel + start * kColumns<T> * per;
+    const bool wide = columns > Lanes<T>::count;
+#if defined(__AMX_BF16__)
+    if constexpr (kTiles<E>) wide ? tile_kernel<L, E, 2, false>(from, times, here, to) : tile_kernel<L, E, 1, false>(from, times, here, to);
+    else
+#endif
+    if (wide) vector_kernel<Layout, 2>((const Word<E>*)from, (const Word<E>*)times, here, to);
+    else vector_kernel<Layout, 1>((const Word<E>*)from, (const Word<E>*)times, here, to);
+    if (start)
+      for (int i = 0; i < size; i += Lanes<T>::count) store(c + i, load(c + i) + load(part + i));
+  }
+}
+
+// All columns of kHeight rows; consume(c, column, columns) takes each tile while it is in the first-level cache.
+template <class Layout, class L, class E, class F>
+INLINE void multiply(const L* left, const E* right, int64_t k, int64_t n, F consume) {
+  using T = Compute<E>;
+  alignas(64) T c[kHeight<E> * kColumns<T>];
   const int64_t count = padded_steps<E>(k);
   const Engine<E> engine;
   for (int64_t column = 0; column < n; column += kColumns<T>) {
-    auto panel = (const U*)right + column * count;
-    const bool wide = n - column > Lanes<T>::count;
-    for (int64_t start = 0; start == 0 || start < count; start += kMostSteps) {
-      T* to = start ? part : c;
-      const int64_t steps_here = smaller(kMostSteps, count - start);
-      const U *from = (const U*)left + start * kHeight<E>, *times = panel + start * kColumns<T>;
-      if (wide) micro_kernel<Layout, 2>(from, times, steps_here, to);
-      else micro_kernel<Layout, 1>(from, times, steps_here, to);
-      if (start)
-        for (int i = 0; i < size; i += Lanes<T>::count) store(c + i, load(c + i) + load(part + i));
-    }
+    micro_kernel<Layout>(left, right + column * count * Step<E>::elements, count, n - column, c);
     consume(c, column, smaller(n - column, kColumns<T>));
   }
 }
 
-constexpr int kTogether = 16;       // left operands that multiply_all takes together
-template <class E> INLINE int64_t sums_size(int64_t n) { return kStepBlock<E> > 1 ? kTogether * kHeight<E> * round_up(n, kColumns<Compute<E>>) : 0; }
-
-// The same for `strips` left operands, `each` apart; consume(strip, c, column, columns). sums: scratch of sums_size(n).
-template <class E, class F>
-INLINE void multiply_all(const E* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, Compute<E>* sums, F consume) {
+// For tiles: sums (+)= the product of `strips` left operands, `each` apart, a panel of the right operand after the other; kTile numbers,
+// [kHeight][kColumns], for each strip and panel, at sums + (panel * strips + strip) * kTile. Tiles are faster than the second-level cache: of a
+// panel as many steps as stay in the first serve one strip after the other.
+constexpr int64_t kTile = 32 * 32;
+template <class L, class E>
+INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, float* sums, bool add) {
 #if defined(__AMX_BF16__)
-  // Tiles are faster than the second-level cache: a part of the depth at a time, of which a panel stays in the first and the left operands
-  // in the second.
-  if constexpr (kStepBlock<E> > 1) {
-    constexpr int64_t part = 128, size = kHeight<E> * kColumns<float>;
-    typedef void Kernel(const uint32_t*, const uint32_t*, int64_t, float*);
-    static Kernel* const kernels[2][2] = {{tile_kernel<1, false>, tile_kernel<1, true>}, {tile_kernel<2, false>, tile_kernel<2, true>}};
-    const int64_t count = padded_steps<E>(k);
-    const Engine<E> engine;
-    for (int64_t first = 0; first < strips; first += kTogether) {
-      const int64_t here = smaller(kTogether, strips - first);
-      auto sum = [&](int64_t strip, int64_t column) { return sums + (column / kColumns<float> * kTogether + strip) * size; };
-      for (int64_t start = 0; start == 0 || start < count; start += part)
-        for (int64_t column = 0; column < n; column += kColumns<float>)
-          for (int64_t strip = 0; strip < here; ++strip)
-            kernels[n - column > Lanes<float>::count][start > 0](
-                (const uint32_t*)(left + (first + strip) * each) + start * kHeight<E>, (const uint32_t*)right + column * count + start * kColumns<float>,
-                smaller(part, count - start), sum(strip, column));
-      for (int64_t column = 0; column < n; column += kColumns<float>)
-        for (int64_t strip = 0; strip < here; ++strip) consume(first + strip, sum(strip, column), column, smaller(n - column, kColumns<float>));
-    }
-    return;
-  }
+  constexpr int64_t per = Step<E>::elements, columns = kColumns<float>;
+  typedef void Kernel(const L*, const E*, int64_t, float*);
+  static Kernel* const kernels[2][2] = {{tile_kernel<L, E, 1, false>, tile_kernel<L, E, 1, true>}, {tile_kernel<L, E, 2, false>, tile_kernel<L, E, 2, true>}};
+  const int64_t count = padded_steps<E>(k);
+  const Engine<E> engine;
+  for (int64_t column = 0; column < n; column += columns, sums += strips * kTile)
+    for (int64_t start = 0; start == 0 || start < count; start += kPart<E>)
+      for (int64_t strip = 0; strip < strips; ++strip)
+        kernels[n - column > columns / 2][add || start > 0](left + strip * each + start * kHeight<E> * per, right + (column * count + start * columns) * per,
+                                                           smaller(kPart<E>, count - start), sums + strip * kTile);
 #endif
-  for (int64_t strip = 0; strip < strips; ++strip)
-    multiply<Strips>(left + strip * each, right, k, n, [&](auto* c, int64_t column, int64_t columns) { consume(strip, c, column, columns); });
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------------------
-
-// Row i of the left operand, k elements; load(column, n) gives a vector.
-template <class E, class F> INLINE void pack_left(E* left, int i, int64_t k, F load_at) {
-  using T = Compute<E>;
-  constexpr int lanes = Lanes<T>::count, strip = 64 / sizeof(E);
-  for (int64_t d = 0; d < padded_steps<E>(k) * Step<E>::elements; d += lanes)
-    store(left + (d / strip * kHeight<E> + i) * strip + d % strip, d < k ? load_at(d, smaller(lanes, k - d)) : Vector<T>{});
-}
-
-// kHeight rows of the left operand from rows of k numbers as they stand; those past `height` are zero.
-template <class E, class S> INLINE void pack_left_rows(E* left, const S* rows, int64_t k, int64_t height) {
-  for (int i = 0; i < kHeight<E>; ++i)
-    pack_left(left, i, k, [&](int64_t d, int64_t n) { return i < height ? load(rows + i * k + d, n) : Vector<Compute<S>>{}; });
-}
 
 template <class T, class L> INLINE Vector<T> load_as(const L* p, int64_t n) { return load(p, n); }
 template <class T> INLINE Vector<T> load_as(const int8_t* p, int64_t n) { return load_signs<T>(p, n); }
 
 // A step of the columns at p, of which n exist; bf16 takes two rows, and zeros where `next` is null.
-template <class T, class L> INLINE Vector<T> row_step(T*, const L* row, const L*, int64_t n) { return load_as<T>(row, n); }
+template <class T, class L> INLINE Steps<T> row_step(T*, const L* row, const L*, int64_t n) { return {load_as<T>(row, n)}; }
 // The steps from p on of a row of which n numbers are left.
-template <class T, class S> INLINE Vector<T> steps_at(T*, const S* p, int64_t n) { return load(p, n); }
+template <class T, class S> INLINE Steps<T> steps_at(T*, const S* p, int64_t n) { return {load(p, n)}; }
+// The same of a row that vector(d) gives, n numbers from d on being left.
+template <class T, class F> INLINE Steps<T> steps_from(T*, int64_t d, int64_t n, F vector) { return {n > 0 ? vector(d) : Vector<T>{}}; }
+// total and the elements of a step, lane by lane.
+template <class T> INLINE Vector<T> add_steps(Vector<T> total, Steps<T> steps) { return total + steps.part[0]; }
 #if defined(__AVX512BF16__)
-INLINE void pack_left_rows(bf16* left, const bf16* rows, int64_t k, int64_t height) {
-  constexpr int64_t strip = 32;
-  for (int i = 0; i < kHeight<bf16>; ++i)
-    for (int64_t d = 0; d < k; d += strip) {
-      const int64_t n = i < height ? smaller(strip, k - d) : 0;
-      _mm512_storeu_si512(left + d * kHeight<bf16> + i * strip, _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, rows + i * k + d));
-    }
-}
-
 // 16 operands of bf16. The conversion takes subnormals for 0, as the dot product does.
 INLINE __m256i bf16_operands(const bf16* p, int64_t n) { return (__m256i)masked(p, n < 16 ? (1u << n) - 1 : ~0u); }
 // Lane i holds the operands i of two rows.
-INLINE Vector<uint32_t> interleave_rows(__m512i rows) {
+INLINE Vector<uint32_t> interleave_rows(Vector<uint32_t> rows) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return (Vector<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(order), rows);
+  return (Vector<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)rows);
 }
-INLINE Vector<uint32_t> row_step(uint32_t*, const bf16* row, const bf16* next, int64_t n) {
+INLINE Vector<uint32_t> rounded(Vector<float> first, Vector<float> second) {
+  return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+INLINE Steps<bf16> row_step(bf16*, const bf16* row, const bf16* next, int64_t n) {
   const __m256i second = next ? bf16_operands(next, n) : __m256i{};
-  return interleave_rows(_mm512_inserti64x4(_mm512_castsi256_si512(bf16_operands(row, n)), second, 1));
+  return {interleave_rows((Vector<uint32_t>)_mm512_inserti64x4(_mm512_castsi256_si512(bf16_operands(row, n)), second, 1))};
 }
-template <class L> INLINE Vector<uint32_t> row_step(uint32_t*, const L* row, const L* next, int64_t n) {
-  const auto second = next ? load_as<float>(next, n) : Vector<float>{};
-  return interleave_rows((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)load_as<float>(row, n)));
+template <class L> INLINE Steps<bf16> row_step(bf16*, const L* row, const L* next, int64_t n) {
+  return {interleave_rows(rounded(load_as<float>(row, n), next ? load_as<float>(next, n) : Vector<float>{}))};
 }
-INLINE Vector<uint32_t> steps_at(uint32_t*, const float* p, int64_t n) {
-  return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)load(p + 16, n > 16 ? n - 16 : 0), (__m512)load(p, n));
+template <class S> INLINE Steps<bf16> steps_at(bf16*, const S* p, int64_t n) { return {rounded(load(p, n), load(p + 16, n > 16 ? n - 16 : 0))}; }
+INLINE Steps<bf16> steps_at(bf16*, const bf16* p, int64_t n) {
+  return {(Vector<uint32_t>)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p)};
 }
-INLINE Vector<uint32_t> steps_at(uint32_t*, const bf16* p, int64_t n) {
-  return (Vector<uint32_t>)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p);
+template <class F> INLINE Steps<bf16> steps_from(bf16*, int64_t d, int64_t n, F vector) {
+  const auto first = n > 0 ? vector(d) : Vector<float>{};
+  return {rounded(first, n > 16 ? vector(d + 16) : Vector<float>{})};
 }
+INLINE Vector<float> add_steps(Vector<float> total, Steps<bf16> steps) { return multiply_add(total, Step<bf16>::one, steps.part[0]); }
 #endif
+#if defined(__AMX_BF16__)
+// Steps of two elements from the vectors of the first and of the second ones, without a shuffle.
+INLINE Steps<bf16x3> split(Vector<float> first, Vector<float> second) {
+  typedef Vector<uint32_t> Bits;
+  constexpr uint32_t upper = 0xffff0000;
+  Steps<bf16x3> found;
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+    const Bits a = ((Bits)first + 0x8000) & upper, b = ((Bits)second + 0x8000) & upper;
+    found.part[part] = a >> 16 | b;
+    first -= (Vector<float>)a;
+    second -= (Vector<float>)b;
+  }
+  found.part[2] = (Bits)first >> 16 | ((Bits)second & upper);
+  return found;
+}
+// Steps from 32 elements in a row.
+INLINE Steps<bf16x3> split_row(Vector<float> low, Vector<float> high) {
+  alignas(64) static constexpr uint32_t order[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const __m512i even = _mm512_load_si512(order), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return split((Vector<float>)_mm512_permutex2var_ps((__m512)low, even, (__m512)high), (Vector<float>)_mm512_permutex2var_ps((__m512)low, odd, (__m512)high));
+}
+template <class L> INLINE Steps<bf16x3> row_step(bf16x3*, const L* row, const L* next, int64_t n) {
+  return split(load_as<float>(row, n), next ? load_as<float>(next, n) : Vector<float>{});
+}
+template <class S> INLINE Steps<bf16x3> steps_at(bf16x3*, const S* p, int64_t n) { return split_row(load(p, n), load(p + 16, n > 16 ? n - 16 : 0)); }
+template <class F> INLINE Steps<bf16x3> steps_from(bf16x3*, int64_t d, int64_t n, F vector) {
+  const auto first = n > 0 ? vector(d) : Vector<float>{};
+  return split_row(first, n > 16 ? vector(d + 16) : Vector<float>{});
+}
+INLINE Vector<float> add_steps(Vector<float> total, Vector<float> row) { return total + row; }
+#endif
+
+// Steps of the left operand, elements d and on of row i.
+template <class E> INLINE void put_left(E* left, int i, int64_t d, Steps<E> steps) {
+  constexpr int strip = kStripLength<E>, parts = Step<E>::parts, per = Step<E>::elements;
+  for (int part = 0; part < parts; ++part)
+    __builtin_memcpy((Word<E>*)left + ((d / strip * parts + part) * kHeight<E> + i) * strip / per + d % strip / per, &steps.part[part], kBytes);
+}
+
+// Row i of the left operand, k elements; load(column, n) gives a vector. It is asked for them in their order.
+template <class E, class F> INLINE void pack_left(E* left, int i, int64_t k, F load_at) {
+  constexpr int64_t lanes = Lanes<Compute<E>>::count, some = Lanes<Word<E>>::count * Step<E>::elements;
+  for (int64_t d = 0; d < k; d += some)
+    put_left(left, i, d, steps_from((E*)0, d, k - d, [&](int64_t at) __attribute__((always_inline)) { return load_at(at, smaller(lanes, k - at)); }));
+}
+
+// kHeight rows of the left operand from k numbers of rows as they stand, `pitch` apart; those past `height` are zero.
+template <class E, class S> INLINE void pack_left_rows(E* left, const S* rows, int64_t pitch, int64_t k, int64_t height) {
+  constexpr int64_t some = Lanes<Word<E>>::count * Step<E>::elements;
+  for (int i = 0; i < kHeight<E>; ++i)
+    for (int64_t d = 0; d < k; d += some) put_left(left, i, d, i < height ? steps_at((E*)0, rows + i * pitch + d, k - d) : Steps<E>{});
+}
+
+// Where the word of a step and a column lies in the panels of the right operand, in its first part; the next one is kNextPart on.
+template <class E> constexpr int64_t kNextPart = kStepBlock<E> * kColumns<Compute<E>>;
+template <class E> INLINE Word<E>* right_place(E* right, int64_t count, int64_t step, int64_t column) {
+  constexpr int64_t columns = kColumns<Compute<E>>, block = kStepBlock<E>, parts = Step<E>::parts;
+  const int64_t start = column / columns * columns * count * parts;
+  return (Word<E>*)right + start + step / block * parts * kNextPart<E> + step % block * columns + column % columns;
+}
 
 // Step number r / elements of the right operand from row r of n numbers (and, for bf16, the next one) as they stand; the last one fills up
 // with zeros. With `one`, a column of ones follows them.
 template <class E, class R> INLINE void pack_right(E* right, int64_t r, int64_t k, int64_t n, const R* row, const R* next, bool one) {
-  using U = typename Step<E>::type;
-  constexpr int lanes = Lanes<U>::count;
-  constexpr int64_t columns = kColumns<Compute<E>>;
+  constexpr int lanes = Lanes<Word<E>>::count, parts = Step<E>::parts;
   const int64_t count = padded_steps<E>(k), place = r / Step<E>::elements;
   for (int64_t d = 0; d < n + one; d += lanes) {
-    U* panel = (U*)right + d / columns * columns * count + d % columns;
-    auto step = row_step((U*)0, row + d, next ? next + d : nullptr, n - d);
-    if (one && n - d < lanes) step[n - d] = Step<E>::one;
-    __builtin_memcpy(panel + place * columns, &step, kBytes);
-    if (kStepBlock<E> > 1 && r + Step<E>::elements >= k)
-      for (int64_t filler = place + 1; filler < count; ++filler) __builtin_memset(panel + filler * columns, 0, kBytes);
+    auto step = row_step((E*)0, row + d, next ? next + d : nullptr, n - d);
+    if (one && n - d < lanes) step.part[0][n - d] = Step<E>::one;
+    for (int part = 0; part < parts; ++part) __builtin_memcpy(right_place(right, count, place, d) + part * kNextPart<E>, &step.part[part], kBytes);
+    if (kTiles<E> && r + Step<E>::elements >= k)
+      for (int64_t filler = place + 1; filler < count; ++filler)
+        for (int part = 0; part < parts; ++part) __builtin_memset(right_place(right, count, filler, d) + part * kNextPart<E>, 0, kBytes);
   }
 }
 
@@ -265,20 +360,34 @@ template <class E, class S> INLINE void pack_weight_rows(E* right, const S* weig
 
 // The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose; row(i) is its row i.
 template <class E, class F> static void pack_transposed(E* right, F row, int64_t k, int64_t n, int64_t column) {
-  using U = typename Step<E>::type;
-  constexpr int lanes = Lanes<U>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements;
+  constexpr int lanes = Lanes<Word<E>>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements, parts = Step<E>::parts;
   const int64_t count = padded_steps<E>(k);
-  U* panel = (U*)right + column * count;
+  auto put = [&](int64_t step, int64_t c, Steps<E> steps) __attribute__((always_inline)) {
+    for (int part = 0; part < parts; ++part) __builtin_memcpy(right_place(right, count, step, column + c) + part * kNextPart<E>, &steps.part[part], kBytes);
+  };
   for (int64_t c = 0; c < smaller(columns, n - column); c += lanes)
     for (int64_t step = 0; step < count; step += lanes) {
-      Vector<U> square[lanes];
+      auto from = [&](int i) __attribute__((always_inline)) { return column + c + i < n ? row(column + c + i) + step * per : nullptr; };
+      if constexpr (parts == 1) {
+        Vector<Word<E>> square[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i)
-        square[i] = column + c + i < n ? steps_at((U*)0, row(column + c + i) + step * per, k - step * per) : Vector<U>{};
-      transpose_square<U>(square);
+        for (int i = 0; i < lanes; ++i) square[i] = from(i) ? steps_at((E*)0, from(i), k - step * per).part[0] : Vector<Word<E>>{};
+        transpose_square<Word<E>>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i)
-        if (step + i < count) __builtin_memcpy(panel + (step + i) * columns + c, &square[i], kBytes);
+        for (int i = 0; i < lanes; ++i)
+          if (step + i < count) put(step + i, c, {square[i]});
+      } else {                                                // whole numbers change sides before they are split: that makes fewer squares
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          Vector<float> square[lanes];
+          const int64_t there = k - step * per - half * lanes;
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) square[i] = from(i) && there > 0 ? load(from(i) + half * lanes, there) : Vector<float>{};
+          transpose_square<float>(square);
+#pragma GCC unroll 8
+          for (int i = 0; i < lanes; i += 2) put(step + (half * lanes + i) / 2, c, split(square[i], square[i + 1]));
+        }
+      }
     }
 }
 
@@ -288,7 +397,7 @@ constexpr int64_t kChunk = 512;   // rows of the batch per pass
 constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every step
 
 // Strips of kHeight columns that one job packs side by side: a row's share is a cache line or a few.
-template <class E> constexpr int kGroup = kHeight<E> < 24 ? 48 / kHeight<E> : 2;
+template <class E> constexpr int kGroup = kTiles<E> ? 2 : 48 / kHeight<E>;
 
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
@@ -299,7 +408,7 @@ template <class S, class P = S> struct WeightGradient {
   int64_t m, n;
   P *weight, *bias;
   Compute<S> scale;
-  Operand<S>* right;       // scratch, right_size(kChunk, n + 1)
+  Packed<S>* right;        // scratch, right_size(kChunk, n + 1)
   bool packed;             // an earlier gradient has the same right operand, and the same scratch
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
@@ -309,16 +418,17 @@ template <class E> constexpr int64_t kStrip = left_size<E>(kChunk);
 template <class E> constexpr int64_t kStrips = kGroup<E> * kStrip<E>;
 
 // `count` steps of `strips` left operands, kHeight columns each, from the transpose of k rows of m numbers, of which `there` are left from
-// `left` on; strip s begins at to + s * each. see(s, i, step) gets the step of columns i to i + lanes of strip s.
+// `left` on; strip s begins at to + s * each. see(s, i, step) gets the step of columns i to i + lanes of strip s
+// (of bf16x3, its rows one after the other).
 template <class E, class L, class F>
 INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int64_t there, int64_t k, int64_t strips, F see) {
-  using U = typename Step<E>::type;
-  constexpr int per = Step<E>::elements, lanes = Lanes<U>::count, height = kHeight<E>;
+  using U = Word<E>;
+  constexpr int per = Step<E>::elements, parts = Step<E>::parts, lanes = Lanes<U>::count, height = kHeight<E>;
   auto step_at = [&](int64_t r, int64_t column) __attribute__((always_inline)) {
     const L* row = left + r * m + column;
-    return row_step((U*)0, row, r + 1 < k ? row + m : nullptr, there > column ? there - column : 0);
+    return row_step((E*)0, row, r + 1 < k ? row + m : nullptr, there > column ? there - column : 0);
   };
-  if constexpr (kStepBlock<E> == 1) {
+  if constexpr (!kTiles<E>) {
     for (int64_t r = 0; r < k; r += per)
       for (int64_t s = 0; s < strips; ++s)
         for (int i = 0; i < height; i += lanes) {
@@ -330,16 +440,35 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
     for (int64_t r = 0; r < k; r += per * lanes)
       for (int64_t s = 0; s < strips; ++s)
         for (int i = 0; i < height; i += lanes) {
-          Vector<U> square[lanes];
+          U* out = (U*)(to + s * each) + (r / (per * lanes) * parts * height + i) * lanes;
+          if constexpr (parts == 1) {
+            Vector<U> square[lanes];
 #pragma GCC unroll 16
-          for (int step = 0; step < lanes; ++step) {
-            square[step] = r + per * step < k ? step_at(r + per * step, s * height + i) : Vector<U>{};
-            see(s, i, square[step]);
+            for (int step = 0; step < lanes; ++step) {
+              const auto steps = r + per * step < k ? step_at(r + per * step, s * height + i) : Steps<E>{};
+              square[step] = steps.part[0];
+              see(s, i, steps);
+            }
+            transpose_square<U>(square);
+#pragma GCC unroll 16
+            for (int row = 0; row < lanes; ++row) __builtin_memcpy(out + row * lanes, &square[row], kBytes);
+          } else {                                            // whole numbers, as in pack_transposed: the first ones of steps, and the second ones
+            Vector<float> square[2][lanes];
+            const int64_t columns = there - s * height - i;
+#pragma GCC unroll 32
+            for (int row = 0; row < 2 * lanes; ++row) {
+              const auto numbers = r + row < k && columns > 0 ? load_as<float>(left + (r + row) * m + s * height + i, columns) : Vector<float>{};
+              square[row % 2][row / 2] = numbers;
+              see(s, i, numbers);
+            }
+            transpose_square<float>(square[0]);
+            transpose_square<float>(square[1]);
+#pragma GCC unroll 16
+            for (int row = 0; row < lanes; ++row) {
+              const auto steps = split(square[0][row], square[1][row]);
+              for (int part = 0; part < parts; ++part) __builtin_memcpy(out + (part * height + row) * lanes, &steps.part[part], kBytes);
+            }
           }
-          transpose_square<U>(square);
-          U* out = (U*)(to + s * each) + (r / (per * lanes) * height + i) * lanes;
-#pragma GCC unroll 16
-          for (int row = 0; row < lanes; ++row) __builtin_memcpy(out + row * lanes, &square[row], kBytes);
         }
   }
 }
@@ -349,11 +478,10 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
 // make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; row_scratch: two rows of n numbers,
 // and a vector.
 template <class S, class P, class F>
-static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Operand<S>* strips,
+static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips,
                              Compute<S>* row_scratch, int64_t row_size, F make_row) {
-  using E = Operand<S>;
+  using E = Packed<S>;
   using T = Compute<S>;
-  using U = typename Step<E>::type;
   constexpr int per = Step<E>::elements, lanes = Lanes<T>::count, group = kGroup<E> * kHeight<E>;
   int64_t groups = 0;
   for (int p = 0; p < count; ++p) groups += (gradients[p].m + group - 1) / group;
@@ -384,34 +512,34 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     const WeightGradient<S, P> g = gradients[p];
     const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
     const int used = int((smaller(group, g.m - first) + kHeight<E> - 1) / kHeight<E>);
-    auto pack = [&](auto* left) __attribute__((always_inline)) {
-      pack_left_columns(strips, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, Vector<U>) {});
+    auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
+      pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
+      for (int s = 0; s < used; ++s) {
+        const int64_t d = first + s * kHeight<E>, height = smaller(kHeight<E>, g.m - d);
+        multiply<Columns>(packed + s * kStrip<E>, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
+          const bool last = start + k == rows;
+          for (int i = 0; i < height; ++i)
+            for (int64_t v = 0; v < columns; v += lanes) {
+              T* total = g.total + (d + i) * stride + column + v;
+              auto value = load(c + i * kColumns<T> + v);
+              if (start > 0) value += load(total);
+              if (!last) {
+                store(total, value);
+                continue;
+              }
+              value *= g.scale;
+              const int64_t left_of_bias = g.n - column - v;
+              store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
+              if (left_of_bias < lanes) {
+                T part[lanes];
+                store(part, value);
+                store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
+              }
+            }
+        });
+      }
     };
-    if (g.left) pack(g.left);
-    else pack(g.signs + start * g.m);
-    for (int s = 0; s < used; ++s) {
-      const int64_t d = first + s * kHeight<E>, height = smaller(kHeight<E>, g.m - d);
-      multiply<Columns>(strips + s * kStrip<E>, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
-        const bool last = start + k == rows;
-        for (int i = 0; i < height; ++i)
-          for (int64_t v = 0; v < columns; v += lanes) {
-            T* total = g.total + (d + i) * stride + column + v;
-            auto value = load(c + i * kColumns<T> + v);
-            if (start > 0) value += load(total);
-            if (!last) {
-              store(total, value);
-              continue;
-            }
-            value *= g.scale;
-            const int64_t left_of_bias = g.n - column - v;
-            store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
-            if (left_of_bias < lanes) {
-              T part[lanes];
-              store(part, value);
-              store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
-            }
-          }
-      });
-    }
+    if (g.left) run(strips, g.left);
+    else run((PackedSigns<S>*)strips, g.signs + start * g.m);
   }
 }

@@ -1,5 +1,5 @@
-// A linear map of rows in bf16 by a weight in float, which is rounded where it is packed, and its gradients, those of the parameters in
-// float; ada2i_fast/ops/linear.py says when.
+// A linear map of rows by a weight in float, which becomes an operand of the rows' type where it is packed, and its gradients, those of the
+// parameters in float; ada2i_fast/ops/linear.py says when.
 
 // The size of groups of `count` pieces: as many groups for each thread, none larger than `most`.
 INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
@@ -7,53 +7,91 @@ INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
   return turns ? (count + threads * turns - 1) / (threads * turns) : 1;
 }
 
-constexpr int kMostPanels = 4;     // panels of the weight that one job packs side by side: a row's share is some cache lines
+// What a job multiplies. Vectors take a few panels of the weight by all of the left operand, which all threads share. Tiles are faster than
+// any cache but the first: a thread packs the left operand for itself, rows of the batch by elements of a row that stay in its second-level cache,
+// and takes panel after panel for it. The sums wait, and go out as rows of some length: short pieces, far apart, take memory as long
+// as the product takes.
+template <class E> constexpr int64_t kRowsTogether = kTiles<E> ? 512 : 2048;
+template <class E> constexpr int kMostPanels = kTiles<E> ? 16 : 4;
+constexpr int kPackedPanels = 4;   // those packed side by side: a row's share is some cache lines
+template <class E> INLINE int64_t elements_together(int64_t rows, int64_t k) {
+  if (!kTiles<E> || rows == 0 || k == 0) return k > 0 ? k : 1;
+  const int64_t most = (int64_t(400) << 10) / (2 * Step<E>::parts * round_up(rows, kHeight<E>)), passes = (k + most - 1) / most;
+  return round_up((k + passes - 1) / passes, kStripLength<E>);
+}
+template <class E> INLINE int64_t sums_size(int64_t strips, int64_t n) { return kTiles<E> ? strips * kHeight<E> * round_up(n, kColumns<float>) : 0; }
+
+// put(row, c, column) for each row of `strips` strips, with the sums of n columns, one panel after the other.
+template <class F> INLINE void put_rows(const float* sums, int64_t strips, int64_t rows, int64_t n, F put) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + column * strips * 32 + row * kColumns<float>, column);
+}
 
 //   x weight bias (null: none) | out
 //
 // transposed: out = x W^T + b for W [outputs, inputs]; else out [rows, inputs] = x W for x [rows, outputs].
 template <class S, bool transposed> static int linear_product(const Linear* args) {
-  using E = Operand<S>;
+  using E = Packed<S>;
   constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
-  const int64_t rows = args->rows, k = transposed ? args->inputs : args->outputs, n = transposed ? args->outputs : args->inputs;
+  const int64_t k = transposed ? args->inputs : args->outputs, n = transposed ? args->outputs : args->inputs;
   const S* x = (const S*)args->tensors[0];
   const float *weight = (const float*)args->tensors[1], *bias = (const float*)args->tensors[2];
   S* out = (S*)args->tensors[3];
-  const int threads = useful_threads(args->threads, rows * k * n);
-  const int64_t strips = (rows + kHeight<E> - 1) / kHeight<E>, each = left_size<E>(k);
-  const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels), groups = (panels + together - 1) / together;
-  Scratch<E> left(strips * each), right(right_size<E>(k, together * columns), threads);
-  Scratch<float> sums(sums_size<E>(together * columns), threads);
+  const int threads = useful_threads(args->threads, args->rows * k * n);
+  const int64_t most_rows = smaller(args->rows, kRowsTogether<E>), most_strips = (most_rows + kHeight<E> - 1) / kHeight<E>;
+  const int64_t depth = elements_together<E>(most_rows, k), each = left_size<E>(depth);
+  const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
+  Scratch<E> left(most_strips * each, kTiles<E> ? threads : 1), right(right_size<E>(depth, kPackedPanels * columns), threads);
+  Scratch<float> sums(sums_size<E>(most_strips, together * columns), threads);
   if (!left.ok() || !right.ok() || !sums.ok()) return 1;
 #pragma omp parallel num_threads(threads)
-  {
+  for (int64_t row = 0; row < args->rows; row += kRowsTogether<E>) {
+    const int64_t rows = smaller(kRowsTogether<E>, args->rows - row), strips = (rows + kHeight<E> - 1) / kHeight<E>;
+    auto pack_strip = [&](E* to, int64_t strip, int64_t start) {
+      pack_left_rows(to + strip * each, x + (row + strip * kHeight<E>) * k + start, k, smaller(depth, k - start), smaller(kHeight<E>, rows - strip * kHeight<E>));
+    };
+    if (!kTiles<E>) {
 #pragma omp for schedule(static)
-    for (int64_t strip = 0; strip < strips; ++strip)
-      pack_left_rows(left.data + strip * each, x + strip * kHeight<E> * k, k, smaller(kHeight<E>, rows - strip * kHeight<E>));
+      for (int64_t strip = 0; strip < strips; ++strip) pack_strip(left.data, strip, 0);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t group = 0; group < groups; ++group) {
-      E* own = right.of(omp_get_thread_num());
-      const int64_t first = group * together * columns, width = smaller(together * columns, n - first);
-      if (transposed) {
-        for (int64_t column = 0; column < width; column += columns)
-          pack_transposed(own, [&](int64_t r) { return weight + (first + r) * k; }, k, width, column);
-      } else {
-        for (int64_t r = 0; r < k; r += per) {
-          const float* row = weight + r * n + first;
-          // Rows lie pages apart, and the processor does not see the next one coming.
-          for (int64_t ahead = 8; ahead < 8 + per && r + ahead < k; ++ahead)
-            for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + ahead * n + d);
-          pack_right(own, r, k, width, row, r + 1 < k ? row + n : nullptr, false);
+      const int thread = omp_get_thread_num();
+      E *own = right.of(thread), *own_left = left.of(kTiles<E> ? thread : 0);
+      const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n);
+      auto put = [&](int64_t strip, int64_t i, const float* c, int64_t column) __attribute__((always_inline)) {
+        S* to = out + (row + strip * kHeight<E> + i) * n + column;
+        for (int64_t v = 0; v < smaller(columns, end - column); v += lanes)
+          store(to + v, bias ? load(c + v) + load(bias + column + v, end - column - v) : load(c + v), end - column - v);
+      };
+      for (int64_t start = 0; start == 0 || start < k; start += depth) {
+        const int64_t here = smaller(depth, k - start);
+        if (kTiles<E>)
+          for (int64_t strip = 0; strip < strips; ++strip) pack_strip(own_left, strip, start);
+        for (int64_t first = begin; first < end; first += kPackedPanels * columns) {
+          const int64_t width = smaller(kPackedPanels * columns, end - first);
+          if (transposed) {
+            for (int64_t column = 0; column < width; column += columns)
+              pack_transposed(own, [&](int64_t r) { return weight + (first + r) * k + start; }, here, width, column);
+          } else {
+            for (int64_t r = 0; r < here; r += per) {
+              const float* from = weight + (start + r) * n + first;
+              // Rows lie pages apart, and the processor does not see the next one coming.
+              for (int64_t ahead = 8; ahead < 8 + per && r + ahead < here; ++ahead)
+                for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(from + ahead * n + d);
+              pack_right(own, r, here, width, from, r + 1 < here ? from + n : nullptr, false);
+            }
+          }
+          if constexpr (kTiles<E>)
+            multiply_strips(own_left, each, strips, own, here, width, sums.of(thread) + sums_size<E>(strips, first - begin), start > 0);
+          else
+            for (int64_t strip = 0; strip < strips; ++strip)
+              multiply<Strips>(own_left + strip * each, own, here, width, [&](const float* c, int64_t column, int64_t) {
+                for (int64_t i = 0; i < smaller(kHeight<E>, rows - strip * kHeight<E>); ++i) put(strip, i, c + i * columns, first + column);
+              });
         }
       }
-      multiply_all(left.data, each, strips, own, k, width, sums.of(omp_get_thread_num()), [&](int64_t strip, const float* c, int64_t column, int64_t there) {
-        const int64_t height = smaller(kHeight<E>, rows - strip * kHeight<E>);
-        S* to = out + strip * kHeight<E> * n + first + column;
-        for (int64_t v = 0; v < there; v += lanes) {
-          const auto more = bias ? load(bias + first + column + v, there - v) : Vector<float>{};
-          for (int64_t i = 0; i < height; ++i) store(to + i * n + v, load(c + i * columns + v) + more, there - v);
-        }
-      });
+      if (kTiles<E>) put_rows(sums.of(thread), strips, rows, end - begin, [&](int64_t r, const float* c, int64_t column) { put(0, r, c, begin + column); });
     }
   }
   return 0;
@@ -61,28 +99,29 @@ template <class S, bool transposed> static int linear_product(const Linear* args
 template <class S> static int linear_forward(const Linear* args) { return linear_product<S, true>(args); }
 template <class S> static int linear_input(const Linear* args) { return linear_product<S, false>(args); }
 
+constexpr int64_t kColumnsTogether = 256;   // of the tiles' results, which go out as rows
 constexpr int64_t kDepth = 640;    // rows of the batch per pass, about: a strip and a panel of so many stay near the first-level cache
 // Strips of kHeight outputs that one job packs side by side: a row's share is a few cache lines.
-template <class E> constexpr int kMostStrips = 96 / kHeight<E> < 8 ? 96 / kHeight<E> : 8;
+constexpr int kMostStrips = 8;
 
 //   grad_out x | grad_weight grad_bias (null: none)
 //
 // Rows are summed in their order, whatever the number of threads: threads divide the outputs.
 template <class S> static int linear_backward(const Linear* args) {
-  using E = Operand<S>;
-  using U = typename Step<E>::type;
-  constexpr int per = Step<E>::elements, lanes = Lanes<float>::count;
+  using E = Packed<S>;
+  constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
   const int64_t rows = args->rows, m = args->outputs, n = args->inputs;
   const S *grad_out = (const S*)args->tensors[0], *x = (const S*)args->tensors[1];
   float *grad_weight = (float*)args->tensors[2], *grad_bias = (float*)args->tensors[3];
   if (m == 0) return 0;
   const int threads = useful_threads(args->threads, rows * m * n);
   const int64_t passes = rows > kDepth ? (rows + kDepth - 1) / kDepth : 1, depth = round_up(rows / passes + 1, kBlock);
-  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips<E>);
+  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips);
   const int64_t groups = (strips + together - 1) / together;
   const int64_t each = left_size<E>(depth);           // whole vectors are stored, so the last step of a strip writes past its end
   Scratch<E> right(right_size<E>(depth, n)), left(together * each, threads);
-  if (!right.ok() || !left.ok()) return 1;
+  Scratch<float> sums(sums_size<E>(together, kColumnsTogether), threads);
+  if (!right.ok() || !left.ok() || !sums.ok()) return 1;
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start == 0 || start < rows; start += depth) {
     const int64_t k = smaller(depth, rows - start);
@@ -96,9 +135,9 @@ template <class S> static int linear_backward(const Linear* args) {
     for (int64_t group = 0; group < groups; ++group) {
       E* own = left.of(omp_get_thread_num());
       const int64_t first = group * together * kHeight<E>, used = smaller(together, strips - group * together);
-      Vector<float> bias[kMostStrips<E>][(kHeight<E> + lanes - 1) / lanes] = {};
-      pack_left_columns(own, each, grad_out + start * m + first, m, m - first, k, used, [&](int64_t s, int i, Vector<U> step) __attribute__((always_inline)) {
-        bias[s][i / lanes] = multiply_add(bias[s][i / lanes], Step<E>::one, step);
+      Vector<float> bias[kMostStrips][(kHeight<E> + lanes - 1) / lanes] = {};
+      pack_left_columns(own, each, grad_out + start * m + first, m, m - first, k, used, [&](int64_t s, int i, auto step) __attribute__((always_inline)) {
+        bias[s][i / lanes] = add_steps(bias[s][i / lanes], step);
       });
       if (grad_bias)
         for (int64_t s = 0; s < used; ++s)
@@ -107,16 +146,23 @@ template <class S> static int linear_backward(const Linear* args) {
             const int64_t there = smaller(kHeight<E> - i, m - first - s * kHeight<E> - i);
             if (there > 0) store(to, start > 0 ? bias[s][i / lanes] + load(to, there) : bias[s][i / lanes], there);
           }
-      for (int64_t s = 0; s < used; ++s) {
-        const int64_t d = first + s * kHeight<E>, height = smaller(kHeight<E>, m - d);
-        multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t there) {
-          for (int i = 0; i < height; ++i)
-            for (int64_t v = 0; v < there; v += lanes) {
-              float* to = grad_weight + (d + i) * n + column + v;
-              auto value = load(c + i * kColumns<float> + v);
-              store(to, start > 0 ? value + load(to, there - v) : value, there - v);
-            }
-        });
+      auto put = [&](int64_t s, int64_t i, const float* c, int64_t column) __attribute__((always_inline)) {
+        float* to = grad_weight + (first + s * kHeight<E> + i) * n + column;
+        for (int64_t v = 0; v < smaller(columns, n - column); v += lanes)
+          store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
+      };
+      if constexpr (kTiles<E>) {
+        float* sum = sums.of(omp_get_thread_num());
+        for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
+          const int64_t width = smaller(kColumnsTogether, n - begin);
+          multiply_strips(own, each, used, right.data + begin * padded_steps<E>(k) * per, k, width, sum, false);
+          put_rows(sum, used, smaller(used * kHeight<E>, m - first), width, [&](int64_t r, const float* c, int64_t column) { put(0, r, c, begin + column); });
+        }
+      } else {
+        for (int64_t s = 0; s < used; ++s)
+          multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t) {
+            for (int64_t i = 0; i < smaller(kHeight<E>, m - first - s * kHeight<E>); ++i) put(s, i, c + i * columns, column);
+          });
       }
     }
   }

@@ -1,7 +1,7 @@
 // Blocks that this thread's calls gave back: fresh pages cost more than the arithmetic of a small batch. Large ones are not kept.
 struct Cache {
   static constexpr int slots = 16;
-  static constexpr size_t largest = size_t(8) << 20;
+  static constexpr size_t largest = size_t(16) << 20;
   struct Block {
     void* data;
     size_t bytes;

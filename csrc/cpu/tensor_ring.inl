@@ -5,7 +5,7 @@ constexpr int kMaxRank = 32;
 
 template <class S> struct Ring {
   using T = Compute<S>;
-  using E = Operand<S>;
+  using E = Packed<S>;
   static constexpr int lanes = Lanes<T>::count;
   const TensorRing* args;
   int64_t M, R, padded, rows, tiles;
@@ -137,7 +137,7 @@ template <class S> struct Ring {
 
 template <class S, class P> static int tensor_ring_forward(const TensorRing* args) {
   using T = Compute<S>;
-  using E = Operand<S>;
+  using E = Packed<S>;
   constexpr int lanes = Lanes<T>::count;
   Ring<S> ring(args);
   const int64_t M = ring.M, R = ring.R, rows = ring.rows, tiles = ring.tiles, B = args->dialogues;
@@ -206,7 +206,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       const S* x = (const S*)t[j] + first * D;
       const T* bias = bias_of.data + j * stacked;
       T* out = saved.data[j] + first * 4 * R;
-      pack_left_rows(tile_left, x, D, height);
+      pack_left_rows(tile_left, x, D, D, height);
       multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
         for (int i = 0; i < height; ++i)
           for (int64_t v = 0; v < columns; v += lanes)
@@ -270,7 +270,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         }
       });
       if (mapping) {
-        pack_left_rows(tile_left, x, D, height);
+        pack_left_rows(tile_left, x, D, D, height);
         partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], (const P*)t[PHI_BIAS * M + j], D, height,
                                          (int8_t*)t[SIGN * M + j] + first * D,
                                          [&](int i, int64_t d, int64_t n) { return load(target_rows + i * tile_row + d, n); });
@@ -284,7 +284,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
 // P: the type of parameters and of their gradients.
 template <class S, class P> static int tensor_ring_backward(const TensorRing* args) {
   using T = Compute<S>;
-  using E = Operand<S>;
+  using E = Packed<S>;
   constexpr int lanes = Lanes<T>::count, per = Step<E>::elements;
   Ring<S> ring(args);
   const int64_t M = ring.M, R = ring.R, padded = ring.padded, rows = ring.rows, B = args->dialogues;
@@ -307,7 +307,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
   Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips<E> ? left_most : kStrips<E>, threads);
   // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
-  Scratch<E> gradient(smaller(rows, kChunk) * columns_of_all);
+  Scratch<Operand<S>> gradient(smaller(rows, kChunk) * columns_of_all);
   Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kHeight<E> * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
@@ -320,7 +320,8 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
       !tile_mapping.ok() || !phi.ok())
     return 1;
-  E *right_at = right.data, *gradient_at = gradient.data, *chunk_at = chunk.data;
+  E *right_at = right.data, *chunk_at = chunk.data;
+  Operand<S>* gradient_at = gradient.data;
   T* total_at = total.data;
   const T loss_gradient = mapping ? *(const T*)args->loss : T(0);
   for (int64_t j = 0; j < M; ++j) {
@@ -388,11 +389,11 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
         const T factor = mapping ? gradients.data[2 * M + j].scale : T(0);
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
-        E* g_att = (E*)gradients.data[j].left + place * D;
+        auto g_att = (Operand<S>*)gradients.data[j].left + place * D;
         if (mapping) {
           for (int i = 0; i < kHeight<E>; ++i)
-            pack_left(tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
-          multiply<Strips>(tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
+            pack_left((PackedSigns<S>*)tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
+          multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
             for (int i = 0; i < height; ++i)
               for (int v = 0; v < kColumns<T>; v += lanes)
                 store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
@@ -493,7 +494,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
-        E* g_proj = (E*)gradients.data[M + j].left + place * 4 * R;
+        auto g_proj = (Operand<S>*)gradients.data[M + j].left + place * 4 * R;
         int64_t b = ring.dialogue(first);
         for (int i = 0; i < height; ++i) {
           alignas(64) T u[kMaxRank], v[kMaxRank], gu[kMaxRank], gv[kMaxRank], more[kMaxRank];
@@ -513,7 +514,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             for (int64_t d = 0; d < padded; d += lanes) store(gv + d, scale * load(gw + d));
           }
           const T* q = proj(j, first + i);
-          E* g = g_proj + i * 4 * R;
+          Operand<S>* g = g_proj + i * 4 * R;
           for (int64_t d = 0; d < R; d += lanes) {
             const int64_t n = R - d;
             store(g + d, load(gu + d) * load(q + 2 * R + d, n), n);
@@ -522,7 +523,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             store(g + 3 * R + d, load(gv + d) * load(q + R + d, n), n);
           }
         }
-        pack_left_rows(tile_left, (const E*)g_proj, 4 * R, height);
+        pack_left_rows(tile_left, (const Operand<S>*)g_proj, 4 * R, 4 * R, height);
         multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
           // These few products are soon done: what the next ones are added to is fetched now.
           for (int i = 0; i < height; ++i)

@@ -26,7 +26,6 @@ namespace {
 
 #define ADA2I_ALL_DTYPES(op) {op<float>, op<double>, op<bf16>, op<half>}
 #define ADA2I_UP_TO_FLOAT(op) {op<float>, nullptr, op<bf16>, op<half>}
-#define ADA2I_BF16(op) {nullptr, nullptr, op<bf16>, nullptr}
 #define ADA2I_RING(op) {{op<float, float>, op<double, double>, op<bf16, bf16>, op<half, half>}, {nullptr, nullptr, op<bf16, float>, op<half, float>}}
 #define ADA2I_STRING(name) ADA2I_STRING_(name)
 #define ADA2I_STRING_(name) #name
@@ -37,7 +36,7 @@ const Ada2iTier tier = {ADA2I_STRING(ADA2I_TIER), ADA2I_RING(tensor_ring_forward
                         ADA2I_UP_TO_FLOAT(relu_dropout_forward), ADA2I_UP_TO_FLOAT(relu_dropout_backward),
                         ADA2I_UP_TO_FLOAT(dropout_norm_forward), ADA2I_UP_TO_FLOAT(dropout_norm_backward),
                         ADA2I_UP_TO_FLOAT(dialogue_attention_forward), ADA2I_UP_TO_FLOAT(dialogue_attention_backward),
-                        ADA2I_BF16(linear_forward), ADA2I_BF16(linear_input),
+                        ADA2I_UP_TO_FLOAT(linear_forward), ADA2I_UP_TO_FLOAT(linear_input),
                         ADA2I_UP_TO_FLOAT(linear_backward), balanced_adam_measure, balanced_adam_update, balanced_adam_modulate,
                         balanced_adam_noise};
 }  // namespace ADA2I_TIER

@@ -37,7 +37,10 @@ def plain(x, w, b, relu=False):
     return F.relu(y) if relu else y
 
 
-@pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn), "auto"])
+needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+@pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn), pytest.param("native", marks=needs_native), "auto"])
 def library(request, monkeypatch):
     monkeypatch.setenv("ADA2I_FAST_LINEAR", request.param)
     monkeypatch.setattr(op, "_SMALL", 0)
@@ -98,19 +101,25 @@ def test_strides(library):
     torch.testing.assert_close(got, w.sum(0).expand(40, 24), rtol=1e-5, atol=1e-5)
 
 
-def test_chooses_once_per_shape_class(monkeypatch):
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=needs_native)])
+def test_chooses_once_per_shape_class(own, monkeypatch):
     monkeypatch.delenv("ADA2I_FAST_LINEAR", raising=False)
     monkeypatch.setattr(op, "_SMALL", 0)
     monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(op, "_own_is_fast", lambda x: own)
     asked = []
-    monkeypatch.setattr(op, "_measure", lambda runs, *a: (asked.append(a[0].shape), "mkl")[1])
+    monkeypatch.setattr(op, "_measure", lambda runs, *a: (asked.append((tuple(a[0].shape), *runs)), [*runs][0])[1])
     x, w, b, grad = case(40, 24, 16)
     run(linear, x, w, b, grad)
-    assert [tuple(s) for s in asked] == ([(40, 24), (40, 16), (16, 40)] if op.why_no_onednn() is None else [])
+    onednn = ("onednn",) * (op.why_no_onednn() is None)
+    libraries = ("mkl", *onednn, *["native"] * own)
+    expected = [((40, 24), *libraries), ((40, 16), *libraries)] * (len(libraries) > 1)      # the parameters' gradients: against torch's fastest
+    expected += [((40, 16), "torch", "native")] * own + [((16, 40), "mkl", *onednn)] * len(onednn)
+    assert asked == expected
     run(linear, x[:33], w, b, grad[:33])                        # the same power of two
-    assert len(asked) in (0, 3)
+    assert asked == expected
     run(linear, x[:20], w, b, grad[:20])
-    assert len(asked) in (0, 6)
+    assert len(asked) == 2 * len(expected)
 
 
 def test_missing_onednn(monkeypatch):
@@ -160,7 +169,6 @@ def test_gradients_that_are_not_needed():
 
 # ------------------------------------------------------------------------------------- the parameters' gradients in float32
 
-needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 SIXTEEN = [torch.bfloat16, torch.float16]
 
 
@@ -211,14 +219,14 @@ def test_parameters_are_more_exact_than_those_torch_rounds():
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])
 def test_parameters_have_the_same_bits_with_all_threads(tier, dtype):
     grad, x = gradients(700, 150, 330, dtype)
     assert_same_bits_with_threads(lambda: native(grad, x), (1, 2, 3, 1))
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])
 def test_parameters_of_strided_and_empty_tensors(tier, dtype):
     grad, x = gradients(40, 24, 16, dtype)
     expected = native(grad, x)
@@ -270,7 +278,7 @@ def test_who_computes_the_parameters_gradients(name, dtype, monkeypatch):
     monkeypatch.delenv("ADA2I_FAST_BACKEND")
     used.clear()
     run(linear, x, w, b, grad)
-    assert used == ["torch"]
+    assert used == ["native" if name == "native" or name == "auto" and cpu.tier() in cpu.FLOAT32_TIERS else "torch"]
 
 
 @needs_native
@@ -290,13 +298,15 @@ def test_parameters_keep_their_types(kinds, monkeypatch):
     assert b.grad.dtype == kinds[1]
 
 
-# ------------------------------------------------------------------------------- bf16 rows by a weight that is rounded on the way
+# ------------------------------------------------- rows by a float32 weight, which is rounded on the way where they have 16 bits
+
+UP_TO_FLOAT = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def weighed(rows, inputs, outputs, seed=0):
-    """x and grad in bf16; weight and bias in float32."""
+def weighed(rows, inputs, outputs, dtype, seed=0):
+    """x and grad in `dtype`; weight and bias in float32."""
     x, w, b, grad = case(rows, inputs, outputs, seed=seed)
-    return x.bfloat16(), w, b, grad.bfloat16()
+    return x.to(dtype), w, b, grad.to(dtype)
 
 
 def own_products(x, w, b, grad):
@@ -305,14 +315,15 @@ def own_products(x, w, b, grad):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", UP_TO_FLOAT)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (1, 7, 5), (3, 1, 12), (33, 257, 65), (500, 33, 300), (96, 130, 31), (70, 2050, 40), (40, 48, 1300), (1100, 40, 70)])
-def test_products_that_round_the_weight(tier, sizes, monkeypatch):
-    """At most twice the error of torch, which rounds the weight before, or a rounding of the largest element. Every element is written, and
-    nothing beside."""
-    x, w, b, grad = weighed(*sizes)
+def test_products_with_the_weight(tier, sizes, dtype, monkeypatch):
+    """At most twice the error of torch, which rounds the weight before, or a rounding of the largest element; in float32 some roundings of it, as
+    a sum in order may have more than one in blocks. Every element is written, and nothing beside."""
+    x, w, b, grad = weighed(*sizes, dtype)
     exact = [F.linear(x.double(), w.double(), b.double()), F.linear(x.double(), w.double()), grad.double() @ w.double()]
-    rounded = w.bfloat16()
-    usual = [F.linear(x, rounded, b.bfloat16()), F.linear(x, rounded), grad @ rounded]
+    rounded = w.to(dtype)
+    usual = [F.linear(x, rounded, b.to(dtype)), F.linear(x, rounded), grad @ rounded]
     (x, _), (w, _), (b, _), (grad, _) = (guarded(t) for t in (x, w, b, grad))
     buffers = []
 
@@ -325,20 +336,55 @@ def test_products_that_round_the_weight(tier, sizes, monkeypatch):
     found = own_products(x, w, b, grad)
     for buffer, size in buffers:
         assert int(buffer.isnan().sum()) == buffer.numel() - size and buffer[:67].isnan().all()
-    for got, u, e in zip(found, usual, exact, strict=True):
-        assert got.dtype == torch.bfloat16 and got.shape == e.shape
-        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + 2.0 ** -8 * e.abs().max()
+    terms = (sizes[1], sizes[1], sizes[2])
+    for got, u, e, count in zip(found, usual, exact, terms, strict=True):
+        assert got.dtype == dtype and got.shape == e.shape
+        floor = (4 + count ** 0.5) * 2.0 ** -24 if dtype == torch.float32 else torch.finfo(dtype).eps
+        assert (got - e).abs().max() <= 2 * (u - e).abs().max() + floor * e.abs().max()
 
 
 @needs_native
-def test_products_have_the_same_bits_with_all_threads(tier):
-    given = weighed(150, 330, 700)
+def test_floats_keep_all_their_bits(tier):
+    """A permutation leaves every number as it is, of any size, on either side; powers of two that cancel out change nothing."""
+    g = torch.Generator().manual_seed(0)
+    numbers = torch.randn(70, 48, generator=g) * 10.0 ** torch.randint(-25, 30, (70, 48), generator=g)
+    order = torch.eye(48)[torch.randperm(48, generator=g)]
+    module = importlib.import_module("ada2i_fast.cpu.linear")
+    assert torch.equal(module.forward(numbers, order, None), numbers @ order.t())
+    assert torch.equal(module.input_gradient(numbers, order), numbers @ order)
+    assert torch.equal(module.forward(order, numbers, None), order @ numbers.t())
+    assert torch.equal(module.input_gradient(torch.eye(70), numbers), numbers)
+    assert torch.equal(native(numbers, torch.eye(70))[0], numbers.t()) and torch.equal(native(torch.eye(70), numbers)[0], numbers)
+    x, w, b, grad = case(50, 300, 40)
+    assert torch.equal(module.forward(x * 2.0 ** 40, w * 2.0 ** -40, b), module.forward(x, w, b))
+
+
+@needs_native
+def test_floats_that_are_no_numbers_stay_in_their_rows(tier):
+    """NaN is NaN; infinities are that or NaN."""
+    x, w, b, grad = case(40, 300, 50)
+    x[3, 5], x[7, 200] = float("nan"), float("inf")
+    module = importlib.import_module("ada2i_fast.cpu.linear")
+    y = module.forward(x, w, b)
+    assert y[3].isnan().all() and not y[7].isfinite().any()
+    others = [i for i in range(40) if i not in (3, 7)]
+    torch.testing.assert_close(y[others], F.linear(x[others], w, b), rtol=1e-5, atol=1e-4)
+    weight, bias = native(grad, x)
+    assert weight[:, 5].isnan().all() and not weight[:, 200].isfinite().any() and bias.isfinite().all()
+    assert weight[:, [i for i in range(300) if i not in (5, 200)]].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", UP_TO_FLOAT)
+def test_products_have_the_same_bits_with_all_threads(tier, dtype):
+    given = weighed(150, 330, 700, dtype)
     assert_same_bits_with_threads(lambda: own_products(*given), (1, 2, 3, 1))
 
 
 @needs_native
-def test_products_of_strided_and_empty_tensors(tier):
-    x, w, b, grad = weighed(40, 24, 16)
+@pytest.mark.parametrize("dtype", UP_TO_FLOAT)
+def test_products_of_strided_and_empty_tensors(tier, dtype):
+    x, w, b, grad = weighed(40, 24, 16, dtype)
     expected = own_products(x, w, b, grad)
     for view in (lambda t: t.t().contiguous().t(), lambda t: torch.cat([t, t], 1)[:, :t.shape[1]], lambda t: torch.stack([t, t], 2)[:, :, 1]):
         assert all(torch.equal(a, e) for a, e in zip(own_products(view(x), view(w), b, view(grad)), expected))
