@@ -1,15 +1,18 @@
 """The CPU backend: `lib/libada2i_cpu.so` (sources in csrc/cpu) through ctypes, one file per op.
 
 The library knows nothing of torch. Every output is a fresh torch.empty; calls release the GIL; the number of threads is torch's.
+Calls that follow one another can be handed over `together`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import threading
 from array import array
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch.autograd import profiler
 
 from .. import backends
 
-__all__ = ["library", "set_tier", "tier", "tiers", "why_not"]
+__all__ = ["flush", "library", "set_tier", "tier", "tiers", "together", "why_not"]
 
 ABI_VERSION = 6
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
@@ -97,14 +100,67 @@ def _function(name: str) -> Callable[..., int]:
     return getattr(library(), name)
 
 
-def call(name: str, args: ctypes.Structure) -> None:
-    """A function of the library; torch.profiler sees it under its name."""
+class _Call(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_void_p), ("args", ctypes.c_void_p), ("size", ctypes.c_int64)]
+
+
+class _Waiting(threading.local):
+    calls: list[tuple] | None = None          # inside `together`: name, arguments, and what has to live until the call
+
+
+_waiting = _Waiting()
+
+
+@functools.cache
+def _address(name: str) -> int:
+    return ctypes.cast(_function(name), ctypes.c_void_p).value
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """The library's calls inside happen at the end, or at `flush`, in their order, without Python in between: after each of them it finds
+    the caches full of matrices, and then takes several times as long. Until then their results hold nothing: whoever reads one in another
+    way flushes first. For this thread. They do not wait where somebody may look on: torch.profiler, a dispatch mode, hooks of saved tensors."""
+    if _waiting.calls is not None or profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() or \
+            torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield
+        return
+    _waiting.calls = []
+    try:
+        yield
+        flush()
+    finally:
+        _waiting.calls = None
+
+
+def flush() -> None:
+    """Makes the calls that wait, if any."""
+    calls = _waiting.calls
+    if not calls:
+        return
+    _waiting.calls = []
+    program = (_Call * len(calls))(*[(_address(name), ctypes.addressof(args), ctypes.sizeof(args)) for name, args, _ in calls])
+    if result := _function("ada2i_cpu_run")(program, ctypes.c_int64(len(calls))):
+        _check(calls[result // 4][0], result % 4)
+
+
+def call(name: str, args: ctypes.Structure, *kept: object) -> None:
+    """A function of the library. kept: all that `args` points to; without it the call does not wait. torch.profiler sees it under its name."""
+    if _waiting.calls is not None:
+        if kept:
+            _waiting.calls.append((name, args, kept))
+            return
+        flush()
     if profiler._is_profiler_enabled:
         with profiler.record_function(name):
             status = _function(name)(ctypes.byref(args), ctypes.c_int64(ctypes.sizeof(args)))
     else:
         status = _function(name)(ctypes.byref(args), ctypes.c_int64(ctypes.sizeof(args)))
+    if status:
+        _check(name, status)
+
+
+def _check(name: str, status: int) -> None:
     if status == 2:
         raise RuntimeError(f"{name}: {PATH.name} was built from other sources: build it again (pip install -e .)")
-    if status:
-        raise MemoryError(f"{name}: no memory for scratch")
+    raise MemoryError(f"{name}: no memory for scratch")

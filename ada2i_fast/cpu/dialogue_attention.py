@@ -30,7 +30,8 @@ def _call(name: str, qkv: Tensor, lengths: Sequence[int] | ctypes.Array, heads: 
     width = qkv.shape[1] // 3
     offsets, addresses = lengths if isinstance(lengths, ctypes.Array) else starts(lengths), pointers(tensors)
     call(name, _Arguments(DTYPES[qkv.dtype], torch.get_num_threads(), heads, width, len(offsets) - 1, stream, (width // heads) ** -0.5, p,
-                          ctypes.addressof(offsets), None if p == 0 else seed.data_ptr(), ctypes.addressof(addresses)))
+                          ctypes.addressof(offsets), None if p == 0 else seed.data_ptr(), ctypes.addressof(addresses)),
+         offsets, addresses, seed, tensors)
 
 
 def forward(qkv: Tensor, lengths: Sequence[int] | ctypes.Array, heads: int, p: float, seed: Tensor | None, stream: int) -> list[Tensor]:

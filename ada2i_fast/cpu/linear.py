@@ -19,7 +19,7 @@ class _Arguments(ctypes.Structure):
 
 def _call(name: str, x: Tensor, rows: int, inputs: int, outputs: int, tensors: Sequence[Tensor | None]) -> None:
     addresses = pointers(tensors)
-    call(name, _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, ctypes.addressof(addresses)))
+    call(name, _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, ctypes.addressof(addresses)), addresses, tensors)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,10 +29,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def input_gradient(grad_out: Tensor, weight: Tensor) -> Tensor:
+def input_gradient(grad_out: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """into: contiguous, in the dtype of grad_out; the product is added to it."""
     (grad_out, weight), = contiguous((grad_out, weight))
-    grad_x = grad_out.new_empty(grad_out.shape[0], weight.shape[1])
-    _call("ada2i_linear_input", grad_out, grad_out.shape[0], *weight.shape[::-1], (grad_out, weight, None, grad_x))
+    grad_x = grad_out.new_empty(grad_out.shape[0], weight.shape[1]) if into is None else into
+    _call("ada2i_linear_input", grad_out, grad_out.shape[0], *weight.shape[::-1], (grad_out, weight, into, grad_x))
     return grad_x
 
 

@@ -12,8 +12,8 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
-On a CPU a layer that is not large is one node of the graph that calls the library without registered ops between: the same numbers to the
-last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic.
+On a CPU a layer that is not large is one node of the graph that calls the library without registered ops between, the calls of all layers,
+and those of the gradients of one, `together` as far as they can: the same numbers to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backends
+from .. import backends, cpu
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
 from .linear import KEPT, linear, product_backward, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
-# Multiply-adds of W_qkv from which a layer is taken op by op: what a node saves is less than 1 % of its time then, and a node holds the
-# gradients of all its weights until it ends, where they could be added to what they accumulate in one by one.
+# Multiply-adds of W_qkv from which a layer is taken op by op: what a node saves is less than 1 % of its time then, and a node holds all that it
+# makes until it ends, the gradients of its weights among it, which could be added to what they accumulate in one by one.
 _LARGE = 1 << 29
 
 
@@ -99,10 +99,9 @@ def _backward(grad, needs, saved, starts, heads, p, seed, stream):
     if g is None:
         return found
     g, found[8] = fused.relu_backward(g, *taken(1), p)
-    g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None)
+    g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None, g_y)
     if g is None:
         return found
-    g = g_y.add_(g)
     outer, *moments = taken(3)
     g, found[4], g_x, found[5], found[6] = fused.norm_backward(g, outer, out_bias, x, norm1_weight, *moments, p, seed, stream + heads)
     del outer, g_y
@@ -110,9 +109,7 @@ def _backward(grad, needs, saved, starts, heads, p, seed, stream):
     if g is None:
         return found
     g = attention.backward(g, *taken(3), starts, heads, p, seed, stream)
-    g, found[1], found[2] = product_backward(g, taken(KEPT), *needs[:3], qkv_bias.dtype)
-    if g is not None:
-        found[0] = g_x.add_(g)
+    found[:3] = product_backward(g, taken(KEPT), *needs[:3], qkv_bias.dtype, g_x)
     return found
 
 
@@ -137,7 +134,9 @@ class _EncoderLayer(torch.autograd.Function):
                     lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, "cpu", "cpu", "auto")], saved[:13], [grad])
         ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
-            return None, None, *_backward(grad, ctx.needs_input_grad[2:], saved, starts, heads, p, seed, stream)
+            with cpu.together():
+                found = _backward(grad, ctx.needs_input_grad[2:], saved, starts, heads, p, seed, stream)
+        return None, None, *found
 
 
 # ----------------------------------------------------------------------------------------------------------- the functions
@@ -176,16 +175,17 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         lengths = lengths.offsets.diff().tolist() if isinstance(lengths, DialogueOffsets) else list(lengths)
         check_sizes(x.shape[0], 3 * x.shape[1], lengths, heads)
         starts = backends.module("dialogue_attention", "cpu").starts(lengths)
-    for i, parameters in enumerate(layers):
-        own, at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)
-        if dtype is None:
-            x = _chain(x, lengths, parameters, heads, p, own, seed, at, attention, dropout, "torch" if backend == "torch" else "auto")
-            continue
-        settings = (starts, heads, p, own, seed, at, dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
-            x = _EncoderLayer.apply(lengths, settings, x, *parameters)
-        else:
-            x = _forward(x, parameters, *settings)[0]
+    with cpu.together() if dtype is not None else contextlib.nullcontext():
+        for i, parameters in enumerate(layers):
+            norms, at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)
+            if dtype is None:
+                x = _chain(x, lengths, parameters, heads, p, norms, seed, at, attention, dropout, "torch" if backend == "torch" else "auto")
+                continue
+            settings = (starts, heads, p, norms, seed, at, dtype)
+            if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
+                x = _EncoderLayer.apply(lengths, settings, x, *parameters)
+            else:
+                x = _forward(x, parameters, *settings)[0]
     return x
 
 

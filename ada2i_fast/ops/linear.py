@@ -57,17 +57,25 @@ def why_no_onednn() -> str | None:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    cpu.flush()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
 
 
 def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    cpu.flush()
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    y = backends.module("linear", "cpu").forward(x, weight, bias)
-    return y.relu_() if relu else y
+    return _relu(backends.module("linear", "cpu").forward(x, weight, bias), relu)
+
+
+def _relu(y: Tensor, relu: bool) -> Tensor:
+    if not relu:
+        return y
+    cpu.flush()
+    return y.relu_()
 
 
 def _native_input(x: Tensor, weight: Tensor, bias: None, relu: bool) -> Tensor:
@@ -95,16 +103,37 @@ def _library() -> str:
     return name
 
 
-def _gradient(kind: str, grad: Tensor, other: Tensor) -> Tensor:
-    """g W of kind "input", with W for other, or g^T x of kind "weight"."""
+def _gradient(kind: str, grad: Tensor, other: Tensor, into: Tensor | None = None) -> Tensor:
+    """g W of kind "input", with W for other, or g^T x of kind "weight"; added to `into`, if there is one."""
     if grad.dtype != torch.float32 or grad.numel() * other.shape[1] < _SMALL and _library() not in ("onednn", "native"):
         # As `_product` has it in the end, without the transposes that it begins with: they take as long as a small product.
-        return grad.mm(other) if kind == "input" else grad.t().mm(other)
-    return _product(kind, grad, other.t()) if kind == "input" else _product(kind, grad.t(), other.t())
+        cpu.flush()
+        found = grad.mm(other) if kind == "input" else grad.t().mm(other)
+    elif kind == "weight":
+        found = _product(kind, grad.t(), other.t())
+    elif into is not None and into.dtype == grad.dtype and into.is_contiguous() and _choose(kind, grad, other.t()) == "native":
+        return backends.module("linear", "cpu").input_gradient(grad, other, into)
+    else:
+        found = _product(kind, grad, other.t())
+    return _add(into, found)
+
+
+def _add(into: Tensor | None, found: Tensor) -> Tensor:
+    if into is None:
+        return found
+    cpu.flush()
+    return into.add_(found)
 
 
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
+    library = _choose(kind, x, weight, bias, relu)
+    if library == "onednn":
+        x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
+    return _RUN[kind][library](x, weight, bias, relu)
+
+
+def _choose(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> str:
     library = _library() if x.dtype == torch.float32 else "mkl"
     if library == "native" and kind == "weight":                # `_parameters` has taken the package's own, or must not
         library = "auto"
@@ -124,9 +153,7 @@ def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, r
                 library = _chosen[key] = _measure(runs, x, weight, bias, relu) if len(runs) > 1 else "mkl"
     if library == "native" and not _may_take_own(x):            # ADA2I_FAST_BACKEND has the last word
         library = "mkl"
-    if library == "onednn":
-        x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
-    return _RUN[kind][library](x, weight, bias, relu)
+    return library
 
 
 def _may_take_own(x: Tensor) -> str | None:
@@ -143,6 +170,7 @@ def _own_is_fast(x: Tensor) -> bool:
 
 def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None) -> str:
     """The faster one, by the best of three alternating runs, each with `other`, if there is one, in the caches."""
+    cpu.flush()
     best = {}
     for turn in range(4):
         for name, run in runs.items():
@@ -150,6 +178,7 @@ def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None)
                 other.add_(1)
             start = time.perf_counter()
             run(*arguments)
+            cpu.flush()
             if turn:                                            # the first run sets up the library
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
     return min(best, key=best.__getitem__)
@@ -157,6 +186,7 @@ def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None)
 
 def _parameters_torch(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     found = [_cast(_gradient("weight", grad, x), torch.float32)]
+    cpu.flush()
     return found + [grad.sum(0, dtype=torch.float32)] if bias else found
 
 
@@ -178,10 +208,14 @@ def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)               # `to` alone takes ten times as long to find that out
+    if t.dtype == dtype:                                        # `to` alone takes ten times as long to find that out
+        return t
+    cpu.flush()
+    return t.to(dtype)
 
 
 def _rounding_torch(x: Tensor, weight: Tensor) -> Tensor:
+    cpu.flush()
     rounded = weight.to(x.dtype)
     return F.linear(x, rounded) @ rounded
 
@@ -219,8 +253,8 @@ def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
     """`linear` where a library of the CPU serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read."""
     rounded_x = _cast(x, dtype)
     if _packs_itself(rounded_x, weight):
-        rounded_weight, y = None, backends.module("linear", "cpu").forward(rounded_x, weight, None if bias is None else _cast(bias, weight.dtype))
-        y = y.relu_() if relu else y
+        rounded_weight = None
+        y = _native(rounded_x, weight, None if bias is None else _cast(bias, weight.dtype), relu)
     else:
         rounded_weight = _cast(weight, dtype)
         y = _product("forward", rounded_x, rounded_weight, None if bias is None else _cast(bias, dtype), relu)
@@ -228,22 +262,28 @@ def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
 
 
 def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool, needs_weight: bool, needs_bias: bool,
-                     bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias in their dtypes, None for those not needed. Called without autocast; in grad mode (create_graph=True)
-    they are expressions with derivatives of their own."""
+                     bias_dtype: torch.dtype | None, into: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias in their dtypes, None for those not needed. into: a gradient that x has from elsewhere, which this one is
+    added to. Called without autocast; in grad mode (create_graph=True) they are expressions with derivatives of their own."""
     x, weight, rounded_x, rounded_weight, y = kept
     if y is not None:
+        cpu.flush()
         grad = grad * (y > 0)
     if torch.is_grad_enabled():
+        cpu.flush()
         grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
         grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     grad_x = None
     if needs_x:
-        own = rounded_weight is None
-        grad_x = backends.module("linear", "cpu").input_gradient(grad, weight) if own else _gradient("input", grad, rounded_weight)
-        grad_x = _cast(grad_x, x.dtype)
+        if rounded_weight is not None and into is not None and x.dtype == grad.dtype:
+            grad_x = _gradient("input", grad, rounded_weight, into)
+        else:
+            grad_x = _gradient("input", grad, rounded_weight) if rounded_weight is not None else \
+                backends.module("linear", "cpu").input_gradient(grad, weight)
+            grad_x = _add(into, _cast(grad_x, x.dtype))
     if not needs_weight:
+        cpu.flush()
         return grad_x, None, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)
     return grad_x, _cast(grad_weight, weight.dtype), _cast(grad_bias[0], bias_dtype) if needs_bias else None
@@ -283,6 +323,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     """
     dtype = None if backend == "torch" else _dtype(x, weight, bias)
     if dtype is None:
+        if not torch.compiler.is_compiling():
+            cpu.flush()
         y = F.linear(x, weight, bias)
         return F.relu(y) if relu else y
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):

@@ -62,7 +62,7 @@ struct DropoutFused {
 struct Linear {
   int64_t dtype, threads, rows, inputs, outputs;
   //   forward   x weight bias(null: none) | y
-  //   input     grad_out weight null | grad_x
+  //   input     grad_out weight added(null: none; may be grad_x) | grad_x
   //   backward  grad_out x | grad_weight grad_bias(null: none)
   void* const* tensors;
 };

@@ -112,6 +112,18 @@ ADA2I_EXPORT int ada2i_cpu_set_tier(const char* name) {
   ADA2I_EXPORT int ada2i_##op(const Args* args, int64_t size) { return size != int64_t(sizeof(Args)) ? 2 : chosen()->run(args); }
 #define ADA2I_TYPED(op, Args) ADA2I_ENTRY(op, Args, op[args->dtype])
 
+// Calls of these functions, one after the other: 0, or 4 times the number of the first that fails, plus what it returned.
+struct Ada2iCall {
+  int (*function)(const void* args, int64_t size);
+  const void* args;
+  int64_t size;
+};
+ADA2I_EXPORT int ada2i_cpu_run(const Ada2iCall* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (const int status = calls[i].function(calls[i].args, calls[i].size)) return int(4 * i + status);
+  return 0;
+}
+
 ADA2I_ENTRY(tensor_ring_forward, TensorRing, tensor_ring_forward[args->parameters != args->dtype][args->dtype])
 ADA2I_ENTRY(tensor_ring_backward, TensorRing, tensor_ring_backward[args->parameters != args->dtype][args->dtype])
 ADA2I_TYPED(attention_mapping_forward, AttentionMapping)

@@ -27,15 +27,17 @@ template <class F> INLINE void put_rows(const float* sums, int64_t strips, int64
     for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + column * strips * 32 + row * kColumns<float>, column);
 }
 
-//   x weight bias (null: none) | out
+//   x weight more (null: none) | out
 //
-// transposed: out = x W^T + b for W [outputs, inputs]; else out [rows, inputs] = x W for x [rows, outputs].
+// transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float; else out = x W + more for x [rows, outputs] and out and
+// more [rows, inputs], which may be one.
 template <class S, bool transposed> static int linear_product(const Linear* args) {
   using E = Packed<S>;
   constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
   const int64_t k = transposed ? args->inputs : args->outputs, n = transposed ? args->outputs : args->inputs;
   const S* x = (const S*)args->tensors[0];
-  const float *weight = (const float*)args->tensors[1], *bias = (const float*)args->tensors[2];
+  const float *weight = (const float*)args->tensors[1], *bias = transposed ? (const float*)args->tensors[2] : nullptr;
+  const S* added = transposed ? nullptr : (const S*)args->tensors[2];
   S* out = (S*)args->tensors[3];
   const int threads = useful_threads(args->threads, args->rows * k * n);
   const int64_t most_rows = smaller(args->rows, kRowsTogether<E>), most_strips = (most_rows + kHeight<E> - 1) / kHeight<E>;
@@ -60,9 +62,14 @@ template <class S, bool transposed> static int linear_product(const Linear* args
       E *own = right.of(thread), *own_left = left.of(kTiles<E> ? thread : 0);
       const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n);
       auto put = [&](int64_t strip, int64_t i, const float* c, int64_t column) __attribute__((always_inline)) {
-        S* to = out + (row + strip * kHeight<E> + i) * n + column;
-        for (int64_t v = 0; v < smaller(columns, end - column); v += lanes)
-          store(to + v, bias ? load(c + v) + load(bias + column + v, end - column - v) : load(c + v), end - column - v);
+        const int64_t at = (row + strip * kHeight<E> + i) * n + column;
+        for (int64_t v = 0; v < smaller(columns, end - column); v += lanes) {
+          const int64_t there = end - column - v;
+          auto value = load(c + v);
+          if (bias) value += load(bias + column + v, there);
+          if (added) value += load(added + at + v, there);
+          store(out + at + v, value, there);
+        }
       };
       for (int64_t start = 0; start == 0 || start < k; start += depth) {
         const int64_t here = smaller(depth, k - start);

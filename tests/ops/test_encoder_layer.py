@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afw_cases import poisoned
 from ada2i_fast import cpu
@@ -80,11 +82,13 @@ def count(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("library", ["auto", "native"])
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("lengths,width,heads,inside", CASES)
-def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, autocast):
-    """Bit for bit, and every element written."""
+def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, autocast, library):
+    """Bit for bit, and every element written; with torch's products between calls of the library, and without."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", library)
     drawn = case(sum(lengths), width, inside)
     expected = run(separate, *drawn, lengths, heads, p, autocast=autocast)
     made = count(monkeypatch)
@@ -94,11 +98,13 @@ def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, auto
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("library", ["auto", "native"])
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("lengths,width,heads,inside", CASES)
-def test_against_float64(tier, lengths, width, heads, inside, p, autocast):
+def test_against_float64(tier, lengths, width, heads, inside, p, autocast, library, monkeypatch):
     """In each tensor's norm twice the error of the formula in the same types, and some roundings."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", library)
     x, parameters, grad = case(sum(lengths), width, inside)
     for layer in parameters:                                    # far from 0, where a rounding would decide about a gradient
         layer[7] += 8.0 * (-1.0) ** torch.arange(inside)
@@ -294,6 +300,74 @@ def test_compiled_code_takes_the_ops():
     expected = run(nodes, x, parameters, grad, [4, 5], 2, 0.5)
     for got, e in zip(run(compiled, x, parameters, grad, [4, 5], 2, 0.5), expected, strict=True):
         torch.testing.assert_close(got, e)
+
+
+# -------------------------------------------------------------------------------------------------- calls that wait for one another
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """How many calls were handed over each time, a list that grows; the products are the library's."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "native")
+    found, function = [], cpu._function
+
+    def watched(name):
+        made = function(name)
+        return made if name != "ada2i_cpu_run" else lambda calls, count: (found.append(len(calls)), made(calls, count))[1]
+
+    for name in ("linear_forward", "linear_input", "linear_backward", "dialogue_attention_forward", "dialogue_attention_backward",
+                 *(f"{op}_{way}" for op in ("dropout_norm", "relu_dropout") for way in ("forward", "backward"))):
+        cpu._address(f"ada2i_{name}")
+    monkeypatch.setattr(cpu, "_function", watched)
+    return found
+
+
+def test_calls_are_made_together(programs):
+    """Eight a layer forward, and twelve for its gradients: g_x of one product adds to the other gradient of its input."""
+    drawn = case(9, 8, 16)
+    run(nodes, *drawn, [4, 5], 2, 0.5)
+    assert programs == [16, 12, 12]
+    programs.clear()
+    run(nodes, *drawn, [4, 5], 2, 0.5, autocast=torch.bfloat16)     # between the norm and the product behind it torch casts
+    assert sum(programs) == 40 and len(programs) > 3
+
+
+def test_nobody_sees_what_has_not_been_computed(programs, monkeypatch):
+    """Hooks of saved tensors, a dispatch mode and torch.profiler may look at results at once: then no call waits."""
+    drawn = case(9, 8, 16)
+    expected = run(nodes, *drawn, [4, 5], 2, 0.5)
+    programs.clear()
+    poisoned(monkeypatch)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        assert all(torch.equal(got, e) for got, e in zip(run(nodes, *drawn, [4, 5], 2, 0.5), expected, strict=True))
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.extend(t.isfinite().all() for t in args if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() > 3 * 9 * 8)
+            return function(*args, **(kwargs or {}))
+
+    with Look():
+        nodes(*drawn[:2], [4, 5], 2, 0.5)
+    assert programs == [] and all(seen)
+
+
+def test_calls_that_fail_or_are_given_up(programs):
+    """The exception names the function; what waits behind it, or when the block is left by another exception, is not called."""
+    class Wrong(ctypes.Structure):
+        _fields_ = [("number", ctypes.c_int64)]
+
+    x, parameters, _ = case(9, 8, 16, layers=1)
+    with pytest.raises(RuntimeError, match="ada2i_linear_forward: .* was built from other sources"):
+        with cpu.together():
+            cpu.call("ada2i_linear_forward", Wrong(0), x)
+            cpu.call("ada2i_linear_input", Wrong(0), x)
+    with pytest.raises(KeyError):
+        with cpu.together():
+            cpu.call("ada2i_linear_forward", Wrong(0), x)
+            raise KeyError
+    assert programs == [2]
+    assert nodes(x, parameters, [4, 5], 2, 0.0).isfinite().all() and programs == [2, 8]
 
 
 def test_a_profiler_sees_the_library():
