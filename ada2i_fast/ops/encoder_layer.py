@@ -12,8 +12,8 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
-On a CPU a layer that is not large is one node of the graph that calls the library without registered ops between, the calls of all layers,
-and those of the gradients of one, `together` as far as they can: the same numbers to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic.
+On a CPU the library's calls of all layers, and those of one layer's gradients, happen `together` as far as they can, and a layer that is not large
+is one node of the graph that calls the library without registered ops between: the same numbers to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -170,12 +170,14 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         seed = None
     elif seed is None and (attention, dropout) != ("torch", "torch"):
         seed = torch.randint(2 ** 63 - 1, (1,), device=x.device)
-    dtype = _one_node(x, layers) if attention == dropout == "cpu" else None
+    own = attention == dropout == "cpu" and backends.eager([x, *(t for parameters in layers for t in parameters)])
+    dtype = _one_node(x, layers) if own else None
     if dtype is not None:
         lengths = lengths.offsets.diff().tolist() if isinstance(lengths, DialogueOffsets) else list(lengths)
         check_sizes(x.shape[0], 3 * x.shape[1], lengths, heads)
         starts = backends.module("dialogue_attention", "cpu").starts(lengths)
-    with cpu.together() if dtype is not None else contextlib.nullcontext():
+    # Calls that wait hold what they take and give: without gradients more than is needed, too much where layers are large.
+    with cpu.together() if dtype is not None or own and torch.is_grad_enabled() else contextlib.nullcontext():
         for i, parameters in enumerate(layers):
             norms, at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)
             if dtype is None:
@@ -190,11 +192,10 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
 
 
 def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]]) -> torch.dtype | None:
-    """The products' dtype where a layer can be one node; None where it cannot."""
-    tensors = [x, *(t for parameters in layers for t in parameters)]
-    if not backends.eager(tensors) or not 0 < 3 * x.numel() * x.shape[1] < _LARGE:
+    """The products' dtype where eager layers can be a node each; None where they cannot."""
+    if not 0 < 3 * x.numel() * x.shape[1] < _LARGE:
         return None
-    dtypes = {t.dtype for t in tensors}
+    dtypes = {x.dtype, *(t.dtype for parameters in layers for t in parameters)}
     if not torch.is_autocast_enabled("cpu"):
         return torch.float32 if dtypes == {torch.float32} else None
     dtype = torch.get_autocast_dtype("cpu")
