@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant("cpu", "sign", ENCODER, "*needs[:3], qkv_bias.dtype, g_x)", "*needs[:3], qkv_bias.dtype)", "no gradient of x through the residual"),
     Mutant("cpu", "mask", ENCODER, "needs[7], False, None, g_y)", "needs[7], False, None)", "no gradient around the inner layer"),
     Mutant("cpu", "barrier", "ada2i_fast/cpu/__init__.py", "        yield\n        flush()\n", "        yield\n", "calls that wait are never made"),
-    Mutant("cpu", "barrier", "ada2i_fast/ops/linear.py", "    cpu.flush()\n    y = F.linear(x, weight, bias)\n    return y.relu_()", "    y = F.linear(x, weight, bias)\n    return y.relu_()",
+    Mutant("cpu", "barrier", "ada2i_fast/ops/linear.py", "    cpu.flush()\n    return _relu(F.linear(x, weight, bias), relu)", "    return _relu(F.linear(x, weight, bias), relu)",
            "MKL reads what has not been computed yet"),
     Mutant("cpu", "index", "csrc/cpu/dispatch.cpp", "calls[i].function(calls[i].args, calls[i].size)", "calls[i].function(calls[0].args, calls[i].size)", "every call takes the first one's arguments"),
     Mutant("cpu", "index", ENCODER, "moments, p, seed, stream + heads + 2)", "moments, p, seed, stream + heads + 1)",

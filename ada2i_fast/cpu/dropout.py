@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import DTYPES, call, flush, pointers, up_to_float32
+from . import DTYPES, call, cast, pointers, up_to_float32
 
 why_not = up_to_float32
 
@@ -25,15 +25,7 @@ def _call(name: str, x: Tensor, p: float, seed: Tensor | None, stream: int, eps:
 
 
 def _float32(*tensors: Tensor) -> list[Tensor]:
-    # Asked first: `to` alone takes ten times as long to find out that there is nothing to do.
-    return [t if t.dtype == torch.float32 and t.is_contiguous() else _to(t, torch.float32).contiguous() for t in tensors]
-
-
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if t.dtype == dtype:
-        return t
-    flush()
-    return t.to(dtype)
+    return [cast(t, torch.float32).contiguous() for t in tensors]
 
 
 def relu_forward(x: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
@@ -55,7 +47,7 @@ def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm
     x, tensors = x.contiguous(), _float32(bias, residual, weight, norm_bias)
     out, mean, rstd = torch.empty_like(tensors[1]), tensors[1].new_empty(x.shape[0]), tensors[1].new_empty(x.shape[0])
     _call("ada2i_dropout_norm_forward", x, p, seed, stream, eps, x, *tensors, out, mean, rstd)
-    return [_to(out, residual.dtype), mean, rstd]
+    return [cast(out, residual.dtype), mean, rstd]
 
 
 def norm_backward(grad_out: Tensor, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, p: float,
@@ -63,4 +55,4 @@ def norm_backward(grad_out: Tensor, x: Tensor, bias: Tensor, residual: Tensor, w
     x, tensors = x.contiguous(), _float32(bias, residual, weight, mean, rstd, grad_out)
     grads = [torch.empty_like(t) for t in (x, *tensors[:3], tensors[2])]
     _call("ada2i_dropout_norm_backward", x, p, seed, stream, 0.0, x, *tensors, *grads)
-    return [_to(g, t.dtype) for g, t in zip(grads, (x, bias, residual, weight, weight))]
+    return [cast(g, t.dtype) for g, t in zip(grads, (x, bias, residual, weight, weight))]

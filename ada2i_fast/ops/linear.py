@@ -6,8 +6,8 @@
 On a CPU torch sends float32 products to MKL, and has oneDNN too; this package has its own (csrc/cpu/linear.inl). Which is fastest depends on
 the processor, so each product (forward, g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and
 the winner kept. ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is
-missing or fails, "auto" goes without. The package's own float32 products come into question where the tier multiplies floats in AMX tiles, as sums of three
-bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN.
+missing or fails, "auto" goes without. The package's own float32 products come into question where the tier multiplies floats in AMX tiles,
+as sums of three bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN.
 
 Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_b come out in the parameters' dtype, g_x in that of x. torch
 has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W
@@ -63,8 +63,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
 
 def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     cpu.flush()
-    y = F.linear(x, weight, bias)
-    return y.relu_() if relu else y
+    return _relu(F.linear(x, weight, bias), relu)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -185,7 +184,7 @@ def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None)
 
 
 def _parameters_torch(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
-    found = [_cast(_gradient("weight", grad, x), torch.float32)]
+    found = [cpu.cast(_gradient("weight", grad, x), torch.float32)]
     cpu.flush()
     return found + [grad.sum(0, dtype=torch.float32)] if bias else found
 
@@ -205,13 +204,6 @@ def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
                 tried = rows * inputs * outputs >= _SMALL and (x.dtype != torch.float32 or _own_is_fast(x))
                 name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias) if tried else "torch"
     return _PARAMETERS[name](grad, x, bias)
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if t.dtype == dtype:                                        # `to` alone takes ten times as long to find that out
-        return t
-    cpu.flush()
-    return t.to(dtype)
 
 
 def _rounding_torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -251,13 +243,13 @@ KEPT = 5                         # what `product_forward` keeps, as flat as auto
 
 def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """`linear` where a library of the CPU serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read."""
-    rounded_x = _cast(x, dtype)
+    rounded_x = cpu.cast(x, dtype)
     if _packs_itself(rounded_x, weight):
         rounded_weight = None
-        y = _native(rounded_x, weight, None if bias is None else _cast(bias, weight.dtype), relu)
+        y = _native(rounded_x, weight, None if bias is None else cpu.cast(bias, weight.dtype), relu)
     else:
-        rounded_weight = _cast(weight, dtype)
-        y = _product("forward", rounded_x, rounded_weight, None if bias is None else _cast(bias, dtype), relu)
+        rounded_weight = cpu.cast(weight, dtype)
+        y = _product("forward", rounded_x, rounded_weight, None if bias is None else cpu.cast(bias, dtype), relu)
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
 
 
@@ -276,17 +268,17 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
         return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     grad_x = None
     if needs_x:
-        if rounded_weight is not None and into is not None and x.dtype == grad.dtype:
+        if rounded_weight is None:
+            grad_x = _add(into, cpu.cast(backends.module("linear", "cpu").input_gradient(grad, weight), x.dtype))
+        elif x.dtype == grad.dtype:
             grad_x = _gradient("input", grad, rounded_weight, into)
         else:
-            grad_x = _gradient("input", grad, rounded_weight) if rounded_weight is not None else \
-                backends.module("linear", "cpu").input_gradient(grad, weight)
-            grad_x = _add(into, _cast(grad_x, x.dtype))
+            grad_x = _add(into, cpu.cast(_gradient("input", grad, rounded_weight), x.dtype))
     if not needs_weight:
         cpu.flush()
         return grad_x, None, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     grad_weight, *grad_bias = _parameters(grad, rounded_x, needs_bias)
-    return grad_x, _cast(grad_weight, weight.dtype), _cast(grad_bias[0], bias_dtype) if needs_bias else None
+    return grad_x, cpu.cast(grad_weight, weight.dtype), cpu.cast(grad_bias[0], bias_dtype) if needs_bias else None
 
 
 class _Linear(torch.autograd.Function):

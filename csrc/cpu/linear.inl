@@ -61,8 +61,8 @@ template <class S, bool transposed> static int linear_product(const Linear* args
       const int thread = omp_get_thread_num();
       E *own = right.of(thread), *own_left = left.of(kTiles<E> ? thread : 0);
       const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n);
-      auto put = [&](int64_t strip, int64_t i, const float* c, int64_t column) __attribute__((always_inline)) {
-        const int64_t at = (row + strip * kHeight<E> + i) * n + column;
+      auto put = [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) {
+        const int64_t at = (row + r) * n + column;
         for (int64_t v = 0; v < smaller(columns, end - column); v += lanes) {
           const int64_t there = end - column - v;
           auto value = load(c + v);
@@ -94,11 +94,11 @@ template <class S, bool transposed> static int linear_product(const Linear* args
           else
             for (int64_t strip = 0; strip < strips; ++strip)
               multiply<Strips>(own_left + strip * each, own, here, width, [&](const float* c, int64_t column, int64_t) {
-                for (int64_t i = 0; i < smaller(kHeight<E>, rows - strip * kHeight<E>); ++i) put(strip, i, c + i * columns, first + column);
+                for (int64_t i = 0; i < smaller(kHeight<E>, rows - strip * kHeight<E>); ++i) put(strip * kHeight<E> + i, c + i * columns, first + column);
               });
         }
       }
-      if (kTiles<E>) put_rows(sums.of(thread), strips, rows, end - begin, [&](int64_t r, const float* c, int64_t column) { put(0, r, c, begin + column); });
+      if (kTiles<E>) put_rows(sums.of(thread), strips, rows, end - begin, [&](int64_t r, const float* c, int64_t column) { put(r, c, begin + column); });
     }
   }
   return 0;
@@ -153,8 +153,8 @@ template <class S> static int linear_backward(const Linear* args) {
             const int64_t there = smaller(kHeight<E> - i, m - first - s * kHeight<E> - i);
             if (there > 0) store(to, start > 0 ? bias[s][i / lanes] + load(to, there) : bias[s][i / lanes], there);
           }
-      auto put = [&](int64_t s, int64_t i, const float* c, int64_t column) __attribute__((always_inline)) {
-        float* to = grad_weight + (first + s * kHeight<E> + i) * n + column;
+      auto put = [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) {
+        float* to = grad_weight + (first + r) * n + column;
         for (int64_t v = 0; v < smaller(columns, n - column); v += lanes)
           store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
       };
@@ -163,12 +163,12 @@ template <class S> static int linear_backward(const Linear* args) {
         for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
           const int64_t width = smaller(kColumnsTogether, n - begin);
           multiply_strips(own, each, used, right.data + begin * padded_steps<E>(k) * per, k, width, sum, false);
-          put_rows(sum, used, smaller(used * kHeight<E>, m - first), width, [&](int64_t r, const float* c, int64_t column) { put(0, r, c, begin + column); });
+          put_rows(sum, used, smaller(used * kHeight<E>, m - first), width, [&](int64_t r, const float* c, int64_t column) { put(r, c, begin + column); });
         }
       } else {
         for (int64_t s = 0; s < used; ++s)
           multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t) {
-            for (int64_t i = 0; i < smaller(kHeight<E>, m - first - s * kHeight<E>); ++i) put(s, i, c + i * columns, column);
+            for (int64_t i = 0; i < smaller(kHeight<E>, m - first - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * columns, column);
           });
       }
     }
