@@ -46,9 +46,18 @@ STREAM = 5
 SEED = -0x123456789ABCDEF
 
 
+def device() -> torch.device:
+    """Where tensors are made, with its number."""
+    return torch.empty(0).device
+
+
+def generator() -> torch.Generator:
+    return torch.Generator(device())
+
+
 def fused_inputs(x_type: str, other: str, rows: int, width: int) -> tuple[list[Tensor], Tensor]:
     """x, bias, residual, weight, norm_bias, and the gradient of the result."""
-    g = torch.Generator().manual_seed(rows * width)
+    g = generator().manual_seed(rows * width)
     shapes = [(rows, width), (width,), (rows, width), (width,), (width,), (rows, width)]
     *tensors, grad = [torch.randn(s, generator=g).to(getattr(torch, x_type if i in (0, 5) else other)) for i, s in enumerate(shapes)]
     return tensors, grad
@@ -56,7 +65,7 @@ def fused_inputs(x_type: str, other: str, rows: int, width: int) -> tuple[list[T
 
 def attention_inputs(dtype: str, lengths: list[int], heads: int, width: int) -> tuple[Tensor, Tensor]:
     """qkv and the gradient of the result."""
-    g = torch.Generator().manual_seed(sum(lengths) * width)
+    g = generator().manual_seed(sum(lengths) * width)
     return tuple(torch.randn(sum(lengths), columns, generator=g).to(getattr(torch, dtype)) for columns in (3 * width, width))
 
 

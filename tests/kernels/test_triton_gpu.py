@@ -12,6 +12,7 @@ from ada2i_fast import backends
 from ada2i_fast.modules.encoder import TransformerEncoder
 from ada2i_fast.ops import dialogue_attention, keep_mask
 from ada2i_fast.ops.dropout import dropout_residual_norm, relu_dropout
+from runs import beyond, results
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu]
@@ -46,6 +47,13 @@ def check(op, tensors, grad, *settings):
         assert torch.equal(a, again), f"{op} {name}: two runs differ"
         error, usual = ((t.cpu().double() - c).abs().max().item() for t in (a, b))
         assert error <= 2 * usual + FLOOR[grad.dtype] * c.abs().max().item(), f"{op} {name}: {error}, plain {usual}"
+
+
+def test_every_case_of_the_interpreter():
+    """Kernels compiled, inside buffers full of NaN."""
+    found = results("--device", "cuda", "--slow")
+    assert len(found) > 100
+    assert not {case: beyond(checks) for case, checks in found.items() if beyond(checks)}
 
 
 @pytest.mark.parametrize("case", [*cases.FUSED.values(), *cases.SLOW_FUSED.values()], ids=[*cases.FUSED, *cases.SLOW_FUSED])

@@ -1,6 +1,6 @@
-"""Runs the Triton kernels under the interpreter, in a process of their own, and reports every comparison.
+"""Runs the Triton kernels under the interpreter, or on a GPU, in a process of their own, and reports every comparison.
 
-    TRITON_INTERPRET=1 python tests/kernels/triton_cases.py [--slow] [--only NAME] [--kernels FOLDER]
+    python tests/kernels/triton_cases.py [--device cuda] [--slow] [--only NAME] [--kernels FOLDER]
 
 One JSON line per case: {"case", "seconds", "checks": [[what, error, allowed], ..]}. --kernels takes the kernels from another
 folder than the installed one (`mutations.py` breaks a copy).
@@ -16,13 +16,14 @@ as NaN in a result, a write outside as a number in the padding, and a missing wr
 from __future__ import annotations
 
 import os
+import sys
 
-os.environ["TRITON_INTERPRET"] = "1"     # read when triton is imported
+if "cuda" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"     # read when triton is imported
 
 import argparse
 import importlib.util
 import json
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,10 +160,11 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     from ada2i_fast.kernels import common, tensor_ring
     from ada2i_fast.ops.tensor_ring import tensor_ring_torch
 
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"     # block sizes too
     dtype = getattr(torch, dtype)
     gated, dropout, with_target = settings.get("gated", False), settings.get("dropout", 0.0), settings.get("target", True)
     m, rows = len(widths), sum(lengths)
-    g = torch.Generator().manual_seed(rank + m)
+    g = encoder_cases.generator().manual_seed(rank + m)
 
     def draw(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=g)).to(dtype)
@@ -195,11 +197,12 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     exact, exact_grads = oracle(torch.float64)
     plain, plain_grads = oracle(dtype)
 
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"     # block sizes; exact here
     common.MAX_PARTS = settings.get("parts", 32)
     overwritten: list = []
     given = [[inside_nan(t) for t in kind] for kind in tensors]
     offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
+    # TF32 has the mantissa of float16; only a GPU rounds to it.
+    rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
     with poisoned(overwritten):
         result = tensor_ring.forward(given[0], offsets_in, *given[1:], flat, scale, beta, dropout, seed_in, gated, with_target)
         saved = result[(2 if with_target else 1) * m:]
@@ -212,13 +215,13 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         torch.isfinite(t).all()) for t in saved[m:2 * m]))
     for i, (a, b, c) in enumerate(zip(result, plain, exact)):
         checks.true(f"dtype of result {i}", a.dtype == dtype)
-        checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, dtype)
+        checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, rounded)
     names = [f"grad {kind} {j}" for kind in ("x", "proj_weight", "proj_bias", "map_weight", "map_bias") for j in range(m)]
     inputs = [t for kind in tensors for t in kind]
     for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
         checks.true(f"dtype of {name}", a.dtype == dtype and a.shape == t.shape)
         checks.against(name, a, b if b is not None else torch.zeros_like(t), c if c is not None else torch.zeros_like(t).double(),
-                       dtype)
+                       rounded)
 
 
 def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduction: str) -> None:
@@ -226,7 +229,7 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     from ada2i_fast.ops.attention_mapping import attention_mapping_torch
 
     dtype = getattr(torch, dtype)
-    g = torch.Generator().manual_seed(rows)
+    g = encoder_cases.generator().manual_seed(rows)
     shapes = [[(rows, d), (rows, d), (d, d), (d,)] for d in widths]
     tensors = [[torch.randn(shape[i], generator=g).to(dtype) for shape in shapes] for i in range(4)]
     total = rows * sum(widths)
@@ -269,7 +272,7 @@ def fusion_case(checks: Checks, dtype: str, modalities: int, rows: int, width: i
     options = dict(amw=True, cosine_norm="features", scale=10.0, score_from="cosine", bias=False, labels=True) | options
     with_bias, with_labels = options.pop("bias"), options.pop("labels")
     dtype = getattr(torch, dtype)
-    g = torch.Generator().manual_seed(rows + classes)
+    g = encoder_cases.generator().manual_seed(rows + classes)
 
     def draw(*shape):
         return torch.randn(shape, generator=g).to(dtype)
@@ -367,7 +370,7 @@ def fusion_zeros_case(checks: Checks) -> None:
     from ada2i_fast.kernels import cosine_fusion
     from ada2i_fast.ops.cosine_fusion import cosine_fusion_torch
 
-    g = torch.Generator().manual_seed(5)
+    g = encoder_cases.generator().manual_seed(5)
     hidden = [torch.randn(6, 9, generator=g) for _ in range(2)]
     weight, bias, grad = torch.randn(4, 18, generator=g), torch.randn(4, generator=g), torch.randn(6, 4, generator=g)
     labels = torch.tensor([0, 3, 1, 2, 2, 0])
@@ -437,7 +440,7 @@ def offsets_case(checks: Checks) -> None:
     """Offsets of the dialogues are made once for batches of the same lengths; the batch used longest ago goes first."""
     from ada2i_fast.kernels import dialogue_attention
 
-    device = torch.device("cpu")
+    device = encoder_cases.device()
     make = dialogue_attention.dialogue_offsets
     first = make([2, 0, 3], device)
     checks.true("offsets", first.tolist() == [0, 2, 2, 5] and first.dtype == torch.int64)
@@ -514,7 +517,7 @@ def locate_case(checks: Checks) -> None:
         tl.store(result + tile * 4 + 2, start)
         tl.store(result + tile * 4 + 3, end)
 
-    g = torch.Generator().manual_seed(0)
+    g = encoder_cases.generator().manual_seed(0)
     for dialogues in (1, 2, 128, 129, 160):
         lengths = torch.randint(0, 40, (dialogues,), generator=g) * (torch.rand(dialogues, generator=g) < 0.7)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -563,12 +566,13 @@ def empty_case(checks: Checks) -> None:
 def reason_case(checks: Checks) -> None:
     from ada2i_fast.kernels import attention_mapping, dialogue_attention, dropout, tensor_ring
 
+    here = encoder_cases.device().type
     for module in (dropout, dialogue_attention):
-        checks.true("any width", module.why_not("cpu", torch.float16, (6144,)) is None)
-        checks.true("float64", "float64" in (module.why_not("cpu", torch.float64, (7,)) or ""))
-    checks.true("serves the CPU here", tensor_ring.why_not("cpu", torch.float32, (7,), 32) is None)
-    checks.true("rank 33", "rank 33" in (tensor_ring.why_not("cpu", torch.float32, (7,), 33) or ""))
-    checks.true("float64", "float64" in (attention_mapping.why_not("cpu", torch.float64, (7,)) or ""))
+        checks.true("any width", module.why_not(here, torch.float16, (6144,)) is None)
+        checks.true("float64", "float64" in (module.why_not(here, torch.float64, (7,)) or ""))
+    checks.true("serves this device", tensor_ring.why_not(here, torch.float32, (7,), 32) is None)
+    checks.true("rank 33", "rank 33" in (tensor_ring.why_not(here, torch.float32, (7,), 33) or ""))
+    checks.true("float64", "float64" in (attention_mapping.why_not(here, torch.float64, (7,)) or ""))
     checks.true("mps", "mps" in (attention_mapping.why_not("mps", torch.float32, (7,)) or ""))
 
 
@@ -576,7 +580,7 @@ def repeat_case(checks: Checks) -> None:
     """Non-contiguous and expanded inputs give the bits of their contiguous copies."""
     from ada2i_fast.kernels import tensor_ring
 
-    g = torch.Generator().manual_seed(3)
+    g = encoder_cases.generator().manual_seed(3)
     x = [torch.randn(12, 14, generator=g)[:, ::2], torch.randn(1, 7, generator=g).expand(12, 7)]
     weights = [[torch.randn(*shape, generator=g).t() for _ in x] for shape in ((7, 12), (9, 7))]
     biases = [[torch.randn(n, generator=g) for _ in x] for n in (12, 7)]
@@ -619,6 +623,7 @@ def use_kernels(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: the interpreter")
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--only", action="append")
     parser.add_argument("--kernels", type=Path)
@@ -627,6 +632,8 @@ def main() -> None:
     if arguments.kernels:
         use_kernels(arguments.kernels)
     torch.set_num_threads(1)
+    if arguments.device != "cpu":               # which is slower under the interpreter
+        torch.set_default_device(arguments.device)
     first, step = arguments.part
     for name, run in list(cases(arguments.slow).items())[first::step]:
         if arguments.only and name not in arguments.only:
