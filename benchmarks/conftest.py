@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from . import implementations, machine, measure
+from . import implementations, machine, measure, report
 from .cases import Case, floor_seconds, work
 
 
@@ -81,7 +81,7 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
             **machine.facts(device), "implementation": name, "op": case.op, "shape": case.shape.name, "mode": case.mode,
             "dtype": case.dtype, "preset": case.preset, "sweep": case.sweep, "at": case.at, "utterances": case.shape.utterances,
             "median": median, "min": min(s), "iqr": iqr, "rounds": len(s), **info[name],
-            **{f"ratio_to_{peer}": medians[peer] / median for peer in ("textbook", "compiled", "algebra") if peer in medians},
+            **{f"ratio_to_{peer}": medians[peer] / median for peer in report.PEERS if peer in medians},
             "operations": operations, "bytes": touched, "matrix_rate": rate, "bandwidth": bandwidth, "floor_seconds": floor,
             "share_of_floor": floor / median}}
     return outcomes

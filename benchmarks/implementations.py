@@ -4,6 +4,7 @@
 |---|---|
 | textbook | `ada2i_fast.reference`: padded, eager, every core materialised; bf16 by autocast |
 | compiled | torch.compile of the textbook, sizes static |
+| released | the textbook with the released loop over utterances for the scores; on CUDA, where every pass of it waits for the device |
 | algebra | the backend `torch`: packed rows and the algebraic rewrite in plain PyTorch |
 | cpu, triton, cuda | the native backends, on packed rows |
 | graph | training steps of the model on CUDA: the best backends, each step one CUDA graph (`training.GraphedStep`) |
@@ -327,7 +328,7 @@ class _Model(Competitor):
 
     def __init__(self, case: Case, implementation: str, device: str, exact: bool = False) -> None:
         config = case.shape.config(case.preset)
-        self.training, self.padded = case.mode == "training", implementation in ("textbook", "compiled")
+        self.training, self.padded = case.mode == "training", implementation in ("textbook", "compiled", "released")
         lengths = torch.tensor(case.shape.lengths)
         g = torch.Generator().manual_seed(0)
         real = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -335,7 +336,7 @@ class _Model(Competitor):
                    for m, w in config.input_widths.items()}
         labels = torch.randint(0, config.num_classes, (int(lengths.sum()),), generator=g).to(device)
         torch.manual_seed(0)
-        initial = Textbook(config)
+        initial = (reference.Ada2I if implementation == "released" else Textbook)(config)
         keep_signs(initial)
         if self.padded:
             self.model = initial.to(device)

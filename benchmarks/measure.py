@@ -4,8 +4,9 @@ The implementations of a group run interleaved in one process: A B C, B C A, C A
 load, caches) meets all alike. pytest-benchmark by itself times one test after the other; so the first test of a group
 measures the whole group here, and each test then hands its own samples to pytest-benchmark, whose clock for these tests
 (`clock`) moves by exactly the sample that is being recorded. Its statistics and its JSON are therefore those of the
-interleaved rounds, and nothing is measured twice. A sample is one call (for short calls the mean of an inner loop); there are
-at least 15 rounds, 7 for the whole model and the sweeps, 3 where a call takes seconds; --rounds says otherwise.
+interleaved rounds, and nothing is measured twice. A sample is one call, for short calls the mean of an inner loop: of 2 ms, on a GPU of
+20 ms, at whose end alone the host waits, as it does in training. There are at least 15 rounds, 7 for the whole model and the sweeps, 3 where
+a call takes seconds; --rounds says otherwise.
 
 Before it is timed an implementation must agree with the algebra in float64, dropout off, in every output and gradient:
 error (L2, relative, the worst tensor) at most twice that of the eager textbook in the same dtype plus `FLOOR`; the textbook itself at most
@@ -80,7 +81,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], device: str = "cpu", 
             call()
             machine.synchronize(device)
             duration = time.perf_counter() - start
-        loops[name] = max(1, min(100, int(2e-3 / max(duration, 1e-7)))), duration
+        loops[name] = max(1, min(100, int((2e-2 if device == "cuda" else 2e-3) / max(duration, 1e-7)))), duration
     if rounds is None:
         rounds = max(minimum, min(maximum, int(seconds / sum(n * t for n, t in loops.values()))))
     samples: dict[str, list[float]] = {name: [] for name in calls}

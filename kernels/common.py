@@ -99,8 +99,8 @@ def keep(seed, stream, rows, d0, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr,
 
 @triton.jit(do_not_specialize=["splits"])
 def reduce_splits(partial, outputs, splits, LENGTH: tl.constexpr, BOUNDS: tl.constexpr, KINDS: tl.constexpr,
-                  GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up partial gradients in a fixed order. Grid (cdiv(LENGTH, BLOCK), GROUP).
+                  GROUP: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Add up partial gradients in a fixed order, TOGETHER at a time. Grid (cdiv(LENGTH, BLOCK), GROUP).
 
     partial: float32 [splits, GROUP, LENGTH]; columns BOUNDS[k]:BOUNDS[k + 1] belong to outputs[k * GROUP + j].
     """
@@ -108,10 +108,11 @@ def reduce_splits(partial, outputs, splits, LENGTH: tl.constexpr, BOUNDS: tl.con
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < LENGTH
     total = tl.zeros((BLOCK,), tl.float32)
-    at = partial + j * LENGTH + column
-    for _ in range(splits):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += GROUP * LENGTH
+    split = tl.arange(0, TOGETHER)
+    at = partial + j * LENGTH + split[:, None] * (GROUP * LENGTH) + column[None, :]
+    for first in range(0, splits, TOGETHER):
+        total += tl.sum(tl.load(at, mask=(first + split < splits)[:, None] & inside[None, :], other=0.0), axis=0)
+        at += TOGETHER * GROUP * LENGTH
     for kind in tl.static_range(KINDS):
         output = outputs[kind * GROUP]
         for m in tl.static_range(1, GROUP):
@@ -129,10 +130,10 @@ def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]]) -> None:
     bounds = [0]
     for kind in outputs:
         bounds.append(bounds[-1] + kind[0].numel())
-    block = 512
+    block = 128
     reduce_splits[(triton.cdiv(length, block), group)](
         partial, tuple(t for kind in outputs for t in kind), splits, LENGTH=length, BOUNDS=tuple(bounds), KINDS=len(outputs),
-        GROUP=group, BLOCK=block, num_warps=4, enable_fp_fusion=True)
+        GROUP=group, BLOCK=block, TOGETHER=16, num_warps=4, enable_fp_fusion=True)
 
 
 def groups(keys: Iterable) -> list[tuple[int, ...]]:

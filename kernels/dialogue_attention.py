@@ -5,7 +5,8 @@ One launch forward, one backward. Scores exist for a tile of BLOCK_N queries and
     attend              a tile of queries of one head: out, and log sum exp of its scores (softmax on the fly: Milakov, Gimelshein 2018)
     attend_gradients    a tile of queries: g_q;  in other programs of the launch a tile of keys: g_k, g_v
 
-Heads wider than BLOCK_D are cut into blocks of columns: every block's program sums the scores over all blocks, and writes its own.
+Heads no wider than BLOCK_D stay in registers while a program walks over the others' tiles. Wider ones are cut into blocks of columns: every
+block's program sums the scores over all blocks, and writes its own.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def row_products(a, b, rows, inside, STRIDE: tl.constexpr, HEAD: tl.constexpr, B
 
 
 @triton.jit
+def product(left, right, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """left right^T of two tiles from storage, [BLOCK_N, BLOCK_N]."""
+    return tl.dot(left.to(OPERAND), tl.trans(right.to(OPERAND)), input_precision=PRECISION)
+
+
+@triton.jit
 def keep_statistics(logsum, rows, inside, largest, total, HEADS: tl.constexpr):
     """What backward needs of each row to find its weights again; `weights_again` reads it."""
     tl.store(logsum + 2 * rows * HEADS, largest, mask=inside)
@@ -92,11 +99,16 @@ def attend(qkv, offsets, out, logsum, seed, dialogues, stream, scale, keep_scale
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if BLOCKS == 1:
+        queries = columns(q, rows, inside, 0, 3 * WIDTH, HEAD, BLOCK_D)
     for key in range(start, end, BLOCK_N):
         others = (key + tl.arange(0, BLOCK_N)).to(tl.int64)
         there = others < end
-        scores = inner(q, rows, inside, k, others, there, 3 * WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D) * scale
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        if BLOCKS == 1:
+            scores = product(queries, columns(k, others, there, 0, 3 * WIDTH, HEAD, BLOCK_D), OPERAND, PRECISION)
+        else:
+            scores = inner(q, rows, inside, k, others, there, 3 * WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+        scores = tl.where(there[None, :], scores * scale, float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, axis=1))        # finite from the first keys on
         weights = tl.exp(scores - largest[:, None])
@@ -137,15 +149,11 @@ def attend_gradients(grad_out, qkv, offsets, out, logsum, grad, seed, dialogues,
 
 
 @triton.jit
-def weights_and_gradients(grad_out, qkv, logsum, delta, seed, stream, rows, inside, others, there, place, scale, keep_scale,
-                          HEADS: tl.constexpr, HEAD: tl.constexpr, THRESHOLD: tl.constexpr, DROPOUT: tl.constexpr,
-                          OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """z W and W * (G - delta) of BLOCK_N queries (rows) and keys (others), 0 outside. delta: g . out of each query; place: of the first
-    key in its dialogue."""
-    WIDTH: tl.constexpr = HEADS * HEAD
-    scores = inner(qkv, rows, inside, qkv + WIDTH, others, there, 3 * WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+def weights_and_gradients(scores, g, logsum, delta, seed, stream, rows, inside, others, there, place, scale, keep_scale,
+                          HEADS: tl.constexpr, THRESHOLD: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """z W and W * (G - delta) of BLOCK_N queries (rows) and keys (others), 0 outside. scores: q k^T; g: g v^T; delta: g . out of each query;
+    place: of the first key in its dialogue."""
     weights = weights_again(scores * scale, logsum, rows, inside, there, HEADS)
-    g = inner(grad_out, rows, inside, qkv + 2 * WIDTH, others, there, WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
     dropped = weights
     if DROPOUT:
         kept = keep(seed, stream, rows, place, THRESHOLD, BLOCK_N, BLOCK_N)
@@ -160,17 +168,31 @@ def gradients_of_queries(grad_out, qkv, out, logsum, grad, seed, stream, first, 
                          OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """g_q = g_S k of the queries from `first` on, columns `own` on; pointers are those of the head."""
     WIDTH: tl.constexpr = HEADS * HEAD
+    WHOLE: tl.constexpr = (HEAD <= BLOCK_D) and (PRECISION != "ieee")     # or it spills
     rows = first + tl.arange(0, BLOCK_N)
     inside = rows < end
-    delta = row_products(grad_out, out, rows, inside, WIDTH, HEAD, BLOCK_N, BLOCK_D)
+    if WHOLE:
+        queries = columns(qkv, rows, inside, 0, 3 * WIDTH, HEAD, BLOCK_D)
+        g_out = columns(grad_out, rows, inside, 0, WIDTH, HEAD, BLOCK_D)
+        delta = tl.sum(g_out.to(tl.float32) * columns(out, rows, inside, 0, WIDTH, HEAD, BLOCK_D).to(tl.float32), axis=1)
+    else:
+        delta = row_products(grad_out, out, rows, inside, WIDTH, HEAD, BLOCK_N, BLOCK_D)
     sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for key in range(start, end, BLOCK_N):
         others = (key + tl.arange(0, BLOCK_N)).to(tl.int64)
         there = others < end
-        _, g_s = weights_and_gradients(grad_out, qkv, logsum, delta, seed, stream, rows, inside, others, there, key - start,
-                                       scale, keep_scale, HEADS, HEAD, THRESHOLD, DROPOUT, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
-        keys = columns(qkv + WIDTH, others, there, own, 3 * WIDTH, HEAD, BLOCK_D).to(tl.float32)
-        sums = tl.dot(g_s, keys, sums, input_precision=PRECISION)
+        if WHOLE:
+            keys = columns(qkv + WIDTH, others, there, 0, 3 * WIDTH, HEAD, BLOCK_D)
+            scores = product(queries, keys, OPERAND, PRECISION)
+            g = product(g_out, columns(qkv + 2 * WIDTH, others, there, 0, 3 * WIDTH, HEAD, BLOCK_D), OPERAND, PRECISION)
+        else:
+            scores = inner(qkv, rows, inside, qkv + WIDTH, others, there, 3 * WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+            g = inner(grad_out, rows, inside, qkv + 2 * WIDTH, others, there, WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+        _, g_s = weights_and_gradients(scores, g, logsum, delta, seed, stream, rows, inside, others, there, key - start, scale, keep_scale,
+                                       HEADS, THRESHOLD, DROPOUT, BLOCK_N)
+        if not WHOLE:
+            keys = columns(qkv + WIDTH, others, there, own, 3 * WIDTH, HEAD, BLOCK_D)
+        sums = tl.dot(g_s, keys.to(tl.float32), sums, input_precision=PRECISION)
     d = own + tl.arange(0, BLOCK_D)
     tl.store(grad + rows[:, None] * (3 * WIDTH) + d[None, :], (sums * scale).to(grad.dtype.element_ty),
              mask=inside[:, None] & (d < HEAD)[None, :])
@@ -182,20 +204,35 @@ def gradients_of_keys(grad_out, qkv, out, logsum, grad, seed, stream, first, sta
                       OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """g_k = g_S^T q and g_v = (z W)^T g of the keys from `first` on, columns `own` on."""
     WIDTH: tl.constexpr = HEADS * HEAD
+    WHOLE: tl.constexpr = (HEAD <= BLOCK_D) and (PRECISION != "ieee")     # or it spills
     others = first + tl.arange(0, BLOCK_N)
     there = others < end
+    if WHOLE:
+        keys = columns(qkv + WIDTH, others, there, 0, 3 * WIDTH, HEAD, BLOCK_D)
+        values = columns(qkv + 2 * WIDTH, others, there, 0, 3 * WIDTH, HEAD, BLOCK_D)
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for query in range(start, end, BLOCK_N):
         rows = (query + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = rows < end
-        delta = row_products(grad_out, out, rows, inside, WIDTH, HEAD, BLOCK_N, BLOCK_D)
-        dropped, g_s = weights_and_gradients(grad_out, qkv, logsum, delta, seed, stream, rows, inside, others, there, first - start,
-                                             scale, keep_scale, HEADS, HEAD, THRESHOLD, DROPOUT, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
-        g = columns(grad_out, rows, inside, own, WIDTH, HEAD, BLOCK_D).to(tl.float32)
-        sum_v = tl.dot(tl.trans(dropped), g, sum_v, input_precision=PRECISION)
-        queries = columns(qkv, rows, inside, own, 3 * WIDTH, HEAD, BLOCK_D).to(tl.float32)
-        sum_k = tl.dot(tl.trans(g_s), queries, sum_k, input_precision=PRECISION)
+        if WHOLE:
+            queries = columns(qkv, rows, inside, 0, 3 * WIDTH, HEAD, BLOCK_D)
+            g_out = columns(grad_out, rows, inside, 0, WIDTH, HEAD, BLOCK_D)
+            delta = tl.sum(g_out.to(tl.float32) * columns(out, rows, inside, 0, WIDTH, HEAD, BLOCK_D).to(tl.float32), axis=1)
+            scores = product(queries, keys, OPERAND, PRECISION)
+            g = product(g_out, values, OPERAND, PRECISION)
+        else:
+            delta = row_products(grad_out, out, rows, inside, WIDTH, HEAD, BLOCK_N, BLOCK_D)
+            scores = inner(qkv, rows, inside, qkv + WIDTH, others, there, 3 * WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+            g = inner(grad_out, rows, inside, qkv + 2 * WIDTH, others, there, WIDTH, 3 * WIDTH, HEAD, OPERAND, PRECISION, BLOCK_N, BLOCK_D)
+        dropped, g_s = weights_and_gradients(scores, g, logsum, delta, seed, stream, rows, inside, others, there, first - start, scale,
+                                             keep_scale, HEADS, THRESHOLD, DROPOUT, BLOCK_N)
+        if not WHOLE:
+            g_out = columns(grad_out, rows, inside, own, WIDTH, HEAD, BLOCK_D)
+        sum_v = tl.dot(tl.trans(dropped), g_out.to(tl.float32), sum_v, input_precision=PRECISION)
+        if not WHOLE:
+            queries = columns(qkv, rows, inside, own, 3 * WIDTH, HEAD, BLOCK_D)
+        sum_k = tl.dot(tl.trans(g_s), queries.to(tl.float32), sum_k, input_precision=PRECISION)
     d = own + tl.arange(0, BLOCK_D)
     to = grad + WIDTH + others[:, None] * (3 * WIDTH) + d[None, :]
     mask = there[:, None] & (d < HEAD)[None, :]
@@ -295,8 +332,8 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
         meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         if meta["PRECISION"] == "ieee":     # or it spills
             meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4)
-        elif meta["BLOCK_D"] > 64:
-            meta.update(BLOCK_N=32, num_warps=8)
+        else:
+            meta.update(num_warps=8)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, count(lengths))
         with torch.cuda.device_of(qkv):
@@ -313,10 +350,11 @@ def grid(meta: dict, rows: int, dialogues: int) -> tuple[int, int]:
 def constants(dtype: torch.dtype, width: int, heads: int, rows: int, dialogues: int) -> dict:
     """Compile-time sizes and modes; larger blocks spill, float32 first, see `tensor_ring.constants`."""
     head = width // heads
-    block = min(max(16, triton.next_power_of_2(head)), 64 if dtype == torch.float32 else 128)
-    return {"HEADS": heads, "HEAD": head, "OPERAND": common.storage_operand(dtype), "PRECISION": common.precision(dtype),
-            "BLOCK_N": 16 if block > 64 else common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4,
-            "enable_fp_fusion": True}
+    precision = common.precision(dtype)
+    block = min(max(16, triton.next_power_of_2(head)), 64 if precision == "ieee" else 128)
+    return {"HEADS": heads, "HEAD": head, "OPERAND": common.storage_operand(dtype), "PRECISION": precision,
+            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 8 if block > 64 else 4,
+            "num_stages": 1, "enable_fp_fusion": True}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from . import common
 from .common import keep
 
+MAX_SPLITS = 128    # partial gradients of parameters: few rows each, or too few programs for a GPU
+
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -92,9 +94,9 @@ def squares(s, mean, d0, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows_total", "stream"])
-def norm_rows(x, bias, residual, weight, norm_bias, out, means, rstds, seed, rows_total, stream, eps, keep_scale,
-              D: tl.constexpr, THRESHOLD: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D)). means, rstds: float32 [N]."""
+def norm_rows(x, bias, residual, weight, norm_bias, out, rounded, means, rstds, seed, rows_total, stream, eps, keep_scale,
+              TWICE: tl.constexpr, D: tl.constexpr, THRESHOLD: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D)). means, rstds: float32 [N]. TWICE: `rounded` gets the result too."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < rows_total
     own = tl.program_id(1) * BLOCK_D
@@ -124,7 +126,11 @@ def norm_rows(x, bias, residual, weight, norm_bias, out, means, rstds, seed, row
     d = own + tl.arange(0, BLOCK_D)
     y = (s - mean[:, None]) * rstd[:, None] * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     y += tl.load(norm_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + rows[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    at = rows[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    if TWICE:
+        tl.store(rounded + at, y.to(rounded.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -203,22 +209,24 @@ def relu_forward(x: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream:
 
 
 def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm_bias: Tensor, p: float, eps: float,
-                 seed: Tensor | None, stream: int) -> list[Tensor]:
+                 seed: Tensor | None, stream: int, rounded: torch.dtype | None = None) -> list[Tensor]:
     """x, residual: [N, d]; the other tensors [d]; each float32, bfloat16 or float16.
 
-    Returns out [N, d], as x, and mean and 1 / sqrt(var + eps) of every row, float32 [N].
+    Returns out [N, d], as the residual, and mean and 1 / sqrt(var + eps) of every row, float32 [N]; then out in the dtype `rounded`, if one
+    is given.
     """
     (x, bias, residual, weight, norm_bias), = common.contiguous((x, bias, residual, weight, norm_bias))
     rows, width = x.shape
     out = torch.empty_like(residual)
     mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
+    twice = [] if rounded is None else [torch.empty_like(residual, dtype=rounded)]
     if rows:
         meta = constants(width, widest=2048)
         with torch.cuda.device_of(x):
             norm_rows[(triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(width, meta["BLOCK_D"]))](
-                x, bias, residual, weight, norm_bias, out, mean, rstd, seed, rows, stream, eps, 1.0 / (1.0 - p),
-                **common.dropout_arguments(p), **meta)
-    return [out, mean, rstd]
+                x, bias, residual, weight, norm_bias, out, twice[0] if twice else None, mean, rstd, seed, rows, stream, eps, 1.0 / (1.0 - p),
+                TWICE=bool(twice), **common.dropout_arguments(p), **meta)
+    return [out, mean, rstd, *twice]
 
 
 # ------------------------------------------------------------------------------------------------------- backward launchers
@@ -233,7 +241,7 @@ def relu_backward(grad_out: Tensor, out: Tensor, p: float) -> list[Tensor]:
         return zeroed(grads)
     meta = constants(width, widest=256)
     row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
-    splits = min(common.MAX_SPLITS, row_blocks)
+    splits = min(MAX_SPLITS, row_blocks)
     partial = out.new_empty((splits, 1, width), dtype=torch.float32)
     with torch.cuda.device_of(out):
         relu_gradients[(triton.cdiv(width, meta["BLOCK_D"]), splits)](
@@ -253,7 +261,7 @@ def norm_backward(grad_out: Tensor, x: Tensor, bias: Tensor, residual: Tensor, w
         return zeroed(grads)
     meta = constants(width, widest=2048)
     row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
-    splits = min(common.MAX_SPLITS, row_blocks)
+    splits = min(MAX_SPLITS, row_blocks)
     partial = x.new_empty((splits, 1, 3 * width), dtype=torch.float32)
     with torch.cuda.device_of(x):
         norm_gradients[(splits, triton.cdiv(width, meta["BLOCK_D"]))](

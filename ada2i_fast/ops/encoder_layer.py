@@ -12,9 +12,10 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
-On a CPU the library's calls of all layers, and those of one layer's gradients, happen `together` as far as they can, and a layer that is not
-large is one node of the graph that calls the library without registered ops between: the same numbers to the last bit. With small batches
-what Python and autograd cost between the ops is as much as the arithmetic.
+A layer is one node of the graph that calls the backend without registered ops between, on a CPU one that is not large: the same numbers, on
+a CPU to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic. On a CPU the library's
+calls of all layers, and those of one layer's gradients, happen `together` as far as they can. On CUDA a layer's weights are rounded for
+autocast by one launch, LayerNorm writes its result rounded too, for the product that follows, and the gradients of weights are a `branch`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from .. import backends, cpu
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
-from .linear import KEPT, linear, product_backward, product_forward
+from .linear import KEPT, branch, linear, product_backward, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
@@ -59,32 +60,43 @@ def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequ
                                  **fused)
 
 
-# ---------------------------------------------------------------------------------------------------- one node, on a CPU
+# -------------------------------------------------------------------------------------------------------------- one node
 
 
-def _forward(x, parameters, starts, heads, p, eps, seed, stream, dtype):
-    """z, and what `_backward` takes beside x and the parameters."""
-    attention, fused = backends.module("dialogue_attention", "cpu"), backends.module("dropout", "cpu")
+def _forward(x, parameters, where, heads, p, eps, seed, stream, dtype, backend, rounded=None):
+    """z, z in `dtype` where LayerNorm writes that too, else None, and what `_backward` takes beside x and the parameters.
+
+    where: the dialogues, as the backend takes them.  dtype: of the products.  rounded: x in it, if it is there.
+    """
+    attention, fused = backends.module("dialogue_attention", backend), backends.module("dropout", backend)
     qkv_weight, qkv_bias, out_weight, out_bias, norm1_weight, norm1_bias, weight1, bias1, weight2, bias2, norm2_weight, norm2_bias = parameters
-    qkv, kept_qkv = product_forward(x, qkv_weight, qkv_bias, False, dtype)
-    mixed, logsum = attention.forward(qkv, starts, heads, p, seed, stream)
+    own = [None] * 5
+    twice = {}
+    if x.is_cuda and dtype != x.dtype:
+        of_products = (qkv_weight, qkv_bias, out_weight, weight1, weight2)
+        own = [torch.empty_like(t, dtype=dtype) for t in of_products]
+        torch._foreach_copy_(own, of_products)
+        twice = {"rounded": dtype}
+    qkv, kept_qkv = product_forward(x, qkv_weight, qkv_bias, False, dtype, (rounded, *own[:2]))
+    mixed, logsum = attention.forward(qkv, where, heads, p, seed, stream)
     stream += heads
-    outer, kept_out = product_forward(mixed, out_weight, None, False, dtype)
-    y, *moments1 = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream)
-    inner, kept_1 = product_forward(y, weight1, None, False, dtype)
+    outer, kept_out = product_forward(mixed, out_weight, None, False, dtype, (None, own[2], None))
+    y, mean1, rstd1, *rounded = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream, **twice)
+    inner, kept_1 = product_forward(y, weight1, None, False, dtype, (rounded[0] if rounded else None, own[3], None))
     inner = fused.relu_forward(inner, bias1, p, seed, stream + 1)
-    last, kept_2 = product_forward(inner, weight2, None, False, dtype)
-    z, *moments2 = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2)
-    return z, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, *moments1, *kept_1, inner, *kept_2, last, y, *moments2)
+    last, kept_2 = product_forward(inner, weight2, None, False, dtype, (None, own[4], None))
+    z, mean2, rstd2, *rounded = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2, **twice)
+    return z, rounded[0] if rounded else None, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, mean1, rstd1, *kept_1, inner, *kept_2, last,
+                                                y, mean2, rstd2)
 
 
-def _backward(grad, needs, saved, starts, heads, p, seed, stream):
+def _backward(grad, needs, saved, where, heads, p, seed, stream, backend, beside):
     """Gradients of x and the parameters, None from where on no gradient is needed.
 
     needs: of each.  saved: a list of x, the parameters and what `_forward` gave, which this takes apart from its end, so that what has
-    served is free for what is still to come.
+    served is free for what is still to come.  beside: for `product_backward`.
     """
-    attention, fused = backends.module("dialogue_attention", "cpu"), backends.module("dropout", "cpu")
+    attention, fused = backends.module("dialogue_attention", backend), backends.module("dropout", backend)
     x, _, qkv_bias, _, out_bias, norm1_weight, _, _, _, _, bias2, norm2_weight, _ = saved[:13]
 
     def taken(number: int) -> list[Tensor | None]:
@@ -96,48 +108,53 @@ def _backward(grad, needs, saved, starts, heads, p, seed, stream):
     last, y, *moments = taken(4)
     g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, *moments, p, seed, stream + heads + 2)
     del last, y
-    g, found[9], _ = product_backward(g, taken(KEPT), any(needs[:9]), needs[9], False, None)
+    g, found[9], _ = product_backward(g, taken(KEPT), any(needs[:9]), needs[9], False, None, None, beside)
     if g is None:
         return found
     g, found[8] = fused.relu_backward(g, *taken(1), p)
-    g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None, g_y)
+    g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None, g_y, beside)
     if g is None:
         return found
     outer, *moments = taken(3)
     g, found[4], g_x, found[5], found[6] = fused.norm_backward(g, outer, out_bias, x, norm1_weight, *moments, p, seed, stream + heads)
     del outer, g_y
-    g, found[3], _ = product_backward(g, taken(KEPT), any(needs[:3]), needs[3], False, None)
+    g, found[3], _ = product_backward(g, taken(KEPT), any(needs[:3]), needs[3], False, None, None, beside)
     if g is None:
         return found
-    g = attention.backward(g, *taken(3), starts, heads, p, seed, stream)
-    found[:3] = product_backward(g, taken(KEPT), *needs[:3], qkv_bias.dtype, g_x)
+    g = attention.backward(g, *taken(3), where, heads, p, seed, stream)
+    found[:3] = product_backward(g, taken(KEPT), *needs[:3], qkv_bias.dtype, g_x, beside)
     return found
 
 
 class _EncoderLayer(torch.autograd.Function):
-    """dtype: that of the products."""
+    """Returns z, and z as the next layer's products take it, without a gradient, or None."""
 
     @staticmethod
-    def forward(ctx, lengths, settings, x, *parameters):
-        z, kept = _forward(x, parameters, *settings)
+    def forward(ctx, lengths, rounded, settings, x, *parameters):
+        z, twice, kept = _forward(x, parameters, *settings, rounded)
         ctx.settings = (lengths, *settings)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, *kept)
-        return z
+        if twice is not None:
+            ctx.mark_non_differentiable(twice)
+        return z, twice
 
     @staticmethod
-    def backward(ctx, grad):
-        lengths, starts, heads, p, eps, seed, stream, dtype = ctx.settings
-        saved = [*ctx.saved_tensors]
-        if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the ops have all
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 16
+        lengths, where, heads, p, eps, seed, stream, dtype, backend = ctx.settings
+        saved, device = [*ctx.saved_tensors], grad.device
+        if torch.is_grad_enabled():                             # create_graph=True: a backend has no derivative, the ops have all
             mixed = dtype != torch.float32
-            with torch.autocast("cpu", dtype if mixed else None, enabled=mixed):
-                return None, None, *gradients_through(
-                    lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, "cpu", "cpu", "auto")], saved[:13], [grad])
+            with torch.autocast(device.type, dtype if mixed else None, enabled=mixed):
+                return None, None, None, *gradients_through(
+                    lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto")], saved[:13], [grad])
         ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
-            with cpu.together():
-                found = _backward(grad, ctx.needs_input_grad[2:], saved, starts, heads, p, seed, stream)
-        return None, None, *found
+        autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
+        with autocast, cpu.together() if backend == "cpu" else contextlib.nullcontext(), branch(device) as beside:
+            found = _backward(grad, ctx.needs_input_grad[3:], saved, where, heads, p, seed, stream, backend, beside)
+        return None, None, None, *found
 
 
 # ----------------------------------------------------------------------------------------------------------- the functions
@@ -171,35 +188,39 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         seed = None
     elif seed is None and (attention, dropout) != ("torch", "torch"):
         seed = torch.randint(2 ** 63 - 1, (1,), device=x.device)
-    own = attention == dropout == "cpu" and backends.eager([x, *(t for parameters in layers for t in parameters)])
-    dtype = _one_node(x, layers) if own else None
+    own = attention == dropout != "torch" and backends.eager([x, *(t for parameters in layers for t in parameters)])
+    dtype = _one_node(x, layers, dropout) if own else None
     if dtype is not None:
-        lengths = lengths.offsets.diff().tolist() if isinstance(lengths, DialogueOffsets) else list(lengths)
-        check_sizes(x.shape[0], 3 * x.shape[1], lengths, heads)
-        starts = backends.module("dialogue_attention", "cpu").starts(lengths)
+        if dropout == "cpu":
+            lengths = lengths.offsets.diff().tolist() if isinstance(lengths, DialogueOffsets) else list(lengths)
+        on_device = isinstance(lengths, DialogueOffsets)
+        check_sizes(x.shape[0], 3 * x.shape[1], None if on_device else lengths, heads)
+        where = backends.module("dialogue_attention", "cpu").starts(lengths) if dropout == "cpu" else lengths.offsets if on_device else list(lengths)
+    rounded = None
     # Calls that wait hold what they take and give: without gradients more than is needed, too much where layers are large.
-    with cpu.together() if dtype is not None or own and torch.is_grad_enabled() else contextlib.nullcontext():
+    waiting = dropout == "cpu" and (dtype is not None or own and torch.is_grad_enabled())
+    with cpu.together() if waiting else contextlib.nullcontext():
         for i, parameters in enumerate(layers):
             norms, at = (1e-5, 1e-5) if eps is None else eps[i], stream + i * (heads + 3)
             if dtype is None:
                 x = _chain(x, lengths, parameters, heads, p, norms, seed, at, attention, dropout, "torch" if backend == "torch" else "auto")
                 continue
-            settings = (starts, heads, p, norms, seed, at, dtype)
+            settings = (where, heads, p, norms, seed, at, dtype, dropout)
             if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
-                x = _EncoderLayer.apply(lengths, settings, x, *parameters)
+                x, rounded = _EncoderLayer.apply(lengths, rounded, settings, x, *parameters)
             else:
-                x = _forward(x, parameters, *settings)[0]
+                x, rounded, _ = _forward(x, parameters, *settings, rounded)
     return x
 
 
-def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]]) -> torch.dtype | None:
+def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]], backend: str) -> torch.dtype | None:
     """The products' dtype where eager layers can be a node each; None where they cannot."""
-    if not 0 < 3 * x.numel() * x.shape[1] < _LARGE:
+    if x.numel() == 0 or backend == "cpu" and 3 * x.numel() * x.shape[1] >= _LARGE:
         return None
-    dtypes = {x.dtype, *(t.dtype for parameters in layers for t in parameters)}
-    if not torch.is_autocast_enabled("cpu"):
+    device, dtypes = x.device.type, {x.dtype, *(t.dtype for parameters in layers for t in parameters)}
+    if not torch.is_autocast_enabled(device):
         return torch.float32 if dtypes == {torch.float32} else None
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return dtype if dtypes <= {torch.float32, torch.bfloat16, torch.float16} and x.dtype in (dtype, torch.float32) else None
 
 

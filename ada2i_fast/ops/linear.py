@@ -13,16 +13,20 @@ Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_
 has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W
 is rounded to the 16 bits and widened again. This package's own products round a float32 W where they pack it, in either direction
 (bfloat16, where the tier multiplies it), and write g_W in float32, with g_b from the same pass, as summed in float32. "auto" times the two
-as above, y and g_x together with the cast; "native" takes its own, with any other name torch has them all. Everything else (other dtypes and
-devices, tracing) is `F.linear`.
+as above, y and g_x together with the cast; "native" takes its own, with any other name torch has them all.
+
+On CUDA the library is cuBLAS. Under autocast the gradients of float32 tensors leave it in float32, as summed, without a rounding and a cast
+between; g_b is a product with a row of ones, which takes a fraction of what a sum over rows takes. Everything else (other dtypes and devices,
+tracing) is `F.linear`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +34,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["KEPT", "linear", "product_backward", "product_forward"]
+__all__ = ["KEPT", "branch", "linear", "product_backward", "product_forward"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -241,22 +245,33 @@ def _packs_itself(x: Tensor, weight: Tensor) -> bool:
 KEPT = 5                         # what `product_forward` keeps, as flat as autograd saves tensors
 
 
-def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """`linear` where a library of the CPU serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read."""
-    rounded_x = cpu.cast(x, dtype)
+def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype,
+                    rounded: Sequence[Tensor | None] = (None, None, None)) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """`linear` where a library serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read. rounded: x,
+    weight and bias in `dtype`, where somebody has them already."""
+    rounded_x, rounded_weight, rounded_bias = rounded
+    rounded_x = cpu.cast(x, dtype) if rounded_x is None else rounded_x
     if _packs_itself(rounded_x, weight):
-        rounded_weight = None
         y = _native(rounded_x, weight, None if bias is None else cpu.cast(bias, weight.dtype), relu)
+        return y, (x, weight, rounded_x, None, y if relu else None)
+    rounded_weight = cpu.cast(weight, dtype) if rounded_weight is None else rounded_weight
+    rounded_bias = cpu.cast(bias, dtype) if rounded_bias is None and bias is not None else rounded_bias
+    if x.is_cuda:
+        y = _relu(F.linear(rounded_x, rounded_weight, rounded_bias), relu)
     else:
-        rounded_weight = cpu.cast(weight, dtype)
-        y = _product("forward", rounded_x, rounded_weight, None if bias is None else cpu.cast(bias, dtype), relu)
+        y = _product("forward", rounded_x, rounded_weight, rounded_bias, relu)
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
 
 
+Branch = Callable[..., Tensor]          # calls its first argument with the others, which are tensors
+
+
 def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool, needs_weight: bool, needs_bias: bool,
-                     bias_dtype: torch.dtype | None, into: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+                     bias_dtype: torch.dtype | None, into: Tensor | None = None,
+                     beside: Branch | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias in their dtypes, None for those not needed. into: a gradient that x has from elsewhere, which this one is
-    added to. Called without autocast; in grad mode (create_graph=True) they are expressions with derivatives of their own."""
+    added to. beside: from `branch`, for the gradients of the parameters. Called without autocast; in grad mode (create_graph=True) they are
+    expressions with derivatives of their own."""
     x, weight, rounded_x, rounded_weight, y = kept
     if y is not None:
         cpu.flush()
@@ -266,6 +281,11 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
         grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
         grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
+    if grad.is_cuda:
+        beside = beside or _here
+        grad_weight = beside(lambda g, t: _multiplied(g.t(), t, weight.dtype), grad, rounded_x) if needs_weight else None
+        grad_bias = beside(lambda g: _multiplied(g.new_ones(1, g.shape[0]), g, bias_dtype)[0], grad) if needs_bias else None
+        return _multiplied(grad, rounded_weight, x.dtype, into) if needs_x else None, grad_weight, grad_bias
     grad_x = None
     if needs_x:
         if rounded_weight is None:
@@ -281,6 +301,47 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
     return grad_x, cpu.cast(grad_weight, weight.dtype), cpu.cast(grad_bias[0], bias_dtype) if needs_bias else None
 
 
+# ------------------------------------------------------------------------------------------------------------------- on CUDA
+
+
+def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """a b in `dtype`, one that both have or float32; added to `into`, of that dtype too, if there is one."""
+    if dtype == a.dtype:
+        return a.mm(b) if into is None else into.addmm_(a, b)
+    return torch.mm(a, b, out_dtype=dtype) if into is None else torch.addmm(into, a, b, out_dtype=dtype)
+
+
+def _here(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return call(*tensors)
+
+
+@functools.cache
+def _side(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """The one beside a stream, given by its address."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def branch(device: torch.device) -> Iterator[Branch]:
+    """For gradients of parameters, which nothing in backward waits for: where a CUDA graph is captured, what the yielded function is given to
+    call becomes a branch of its own, which ends where the context does. Elsewhere it is called at once: more streams would only take the host
+    longer."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield _here
+        return
+    main = torch.cuda.current_stream(device)
+    side, kept = _side(device, main.cuda_stream), []
+
+    def run(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        kept.append(tensors)                                    # or their memory could be given away on `main` before `side` has read them
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            return call(*tensors)
+
+    yield run
+    main.wait_stream(side)
+
+
 class _Linear(torch.autograd.Function):
     """dtype: that of the products."""
 
@@ -293,17 +354,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
             return *product_backward(grad, ctx.saved_tensors, *ctx.needs_input_grad[:3], ctx.bias_dtype), None, None
 
 
 def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """That of the products; None where plain `F.linear` serves."""
-    if not backends.eager((x, weight)) or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0:
+    device = x.device.type
+    if not backends.eager((x, weight)) or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0 or \
+            not (device == "cpu" or device == "cuda" and torch.version.cuda):
         return None
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device):
         eligible = all(t is None or (t.is_floating_point() and t.dtype != torch.float64) for t in (x, weight, bias))
-        return torch.get_autocast_dtype("cpu") if eligible else None
+        return torch.get_autocast_dtype(device) if eligible else None
     return torch.float32 if x.dtype == weight.dtype == torch.float32 else None
 
 

@@ -41,7 +41,7 @@ def case(rows, width, inside, layers=2, seed=0):
 
 
 def nodes(x, parameters, lengths, heads, p, **options):
-    return encoder_layers(x, lengths, parameters, heads=heads, p=p, eps=EPS[:len(parameters)], seed=SEED, stream=4, **options)
+    return encoder_layers(x, lengths, parameters, heads=heads, p=p, eps=EPS[:len(parameters)], seed=SEED.to(x.device), stream=4, **options)
 
 
 def separate(x, parameters, lengths, heads, p):
@@ -58,19 +58,20 @@ def separate(x, parameters, lengths, heads, p):
 
 def formula(x, parameters, lengths, heads, p):
     """In plain PyTorch, in any dtype, with the same masks."""
+    seed = SEED.to(x.device)
     for i, (wq, bq, wo, bo, n1, c1, w1, b1, w2, b2, n2, c2) in enumerate(parameters):
         s = 4 + i * (heads + 3)
-        mixed = dialogue_attention_seeded(F.linear(x, wq, bq), lengths, heads, p, SEED, s)
-        x = dropout_norm_torch(F.linear(mixed, wo), bo, x, n1, c1, p, EPS[i][0], SEED, s + heads)
-        inner = relu_dropout_torch(F.linear(x, w1), b1, p, SEED, s + heads + 1)
-        x = dropout_norm_torch(F.linear(inner, w2), b2, x, n2, c2, p, EPS[i][1], SEED, s + heads + 2)
+        mixed = dialogue_attention_seeded(F.linear(x, wq, bq), lengths, heads, p, seed, s)
+        x = dropout_norm_torch(F.linear(mixed, wo), bo, x, n1, c1, p, EPS[i][0], seed, s + heads)
+        inner = relu_dropout_torch(F.linear(x, w1), b1, p, seed, s + heads + 1)
+        x = dropout_norm_torch(F.linear(inner, w2), b2, x, n2, c2, p, EPS[i][1], seed, s + heads + 2)
     return x
 
 
 def run(function, x, parameters, grad, *settings, autocast=None, **options):
     """The result and the gradients of x and all parameters."""
     x, parameters = x.clone().requires_grad_(), [[t.clone().requires_grad_() for t in layer] for layer in parameters]
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         z = function(x, parameters, *settings, **options)
     return [z.detach(), *torch.autograd.grad(z, [x, *sum(parameters, [])], grad.to(z.dtype))]
 
@@ -392,3 +393,75 @@ def test_refusals():
         nodes(x[None], parameters, [4, 2], 2, 0.0)
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it computes in float32, not float64"):
         nodes(x.double(), [[t.double() for t in layer] for layer in parameters], [4, 2], 2, 0.0, backend="cpu")
+
+
+# ---- on a GPU: nodes over the Triton kernels
+
+
+def on_gpu(rows, width, inside):
+    """`case` there, far from where a rounding would decide about a gradient."""
+    x, parameters, grad = case(rows, width, inside)
+    for layer in parameters:
+        layer[7] += 8.0 * (-1.0) ** torch.arange(inside)
+    return x.cuda(), [[t.cuda() for t in layer] for layer in parameters], grad.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("lengths,width,heads,inside", [*CASES, ([300, 0, 41], 256, 2, 512)])
+def test_on_a_gpu(monkeypatch, lengths, width, heads, inside, p, autocast):
+    """The rule of `test_against_float64`; the same bits twice, with lengths and with offsets."""
+    x, parameters, grad = on_gpu(sum(lengths), width, inside)
+    exact = run(formula, x.double(), [[t.double() for t in layer] for layer in parameters], grad.double(), lengths, heads, p)
+    usual = run(formula, x, parameters, grad, lengths, heads, p, autocast=autocast)
+    made = count(monkeypatch)
+    found = run(nodes, x, parameters, grad, lengths, heads, p, autocast=autocast)
+    offsets = DialogueOffsets(torch.tensor([0, *lengths]).cumsum(0).cuda(), max(lengths))
+    again = run(nodes, x, parameters, grad, offsets, heads, p, autocast=autocast)
+    assert len(made) == 4
+    terms = max(e.norm() for e in exact[1:])
+    floor = 8 * 2.0 ** -24 if autocast is None else torch.finfo(autocast).eps
+    for i, (got, a, u, e) in enumerate(zip(found, again, usual, exact, strict=True)):
+        assert got.dtype == torch.float32 and got.isfinite().all() and torch.equal(got, a), i
+        assert (got - e).norm() <= 2 * (u - e).norm() + floor * (e.norm() + 0.1 * terms), i
+
+
+@pytest.mark.gpu
+def test_second_derivatives_on_a_gpu():
+    lengths, heads = [7, 3, 5], 3
+    x, parameters, grad = on_gpu(15, 12, 20)
+    found = []
+    for function, dtype in ((nodes, torch.float32), (formula, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_(), *(t.to(dtype).requires_grad_() for layer in parameters for t in layer)]
+        z = function(leaves[0], [leaves[1:13], leaves[13:]], lengths, heads, 0.3)
+        first = torch.autograd.grad(z, leaves, grad.to(dtype), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    largest = max(e.abs().max() for e in found[1])
+    for i, (got, e) in enumerate(zip(*found, strict=True)):
+        assert (got - e).abs().max() <= 1e-4 * (e.abs().max() + 1e-2 * largest), i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", AUTOCAST[:2], ids=str)
+def test_in_a_cuda_graph(autocast):
+    """Where gradients of weights are a branch beside the rest."""
+    lengths, heads = [40, 0, 24], 4
+    x, parameters, grad = on_gpu(64, 64, 96)
+
+    def step():
+        return run(nodes, x, parameters, grad, lengths, heads, 0.3, autocast=autocast)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for factor in (0.5, 3.0):
+        x.mul_(factor)
+        graph.replay()
+        for i, (got, e) in enumerate(zip(captured, step(), strict=True)):
+            assert (got - e).norm() <= 1e-5 * e.norm(), i

@@ -441,3 +441,25 @@ def test_room_for_primitives_of_many_shapes(given, expected):
         environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = given
     code = "import os, ada2i_fast; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout.split() == [expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("sizes", [(50, 30, 20), (1, 7, 5), (130, 257, 65)])
+def test_on_a_gpu(sizes, relu, autocast):
+    """At most twice the error of `F.linear`, or some roundings; gradients in the parameters' dtype."""
+    drawn = case(*sizes)
+    exact = run(plain, *(t.double() for t in drawn), relu=relu)
+
+    def here(function):
+        def called(*tensors, **options):
+            with torch.autocast("cuda", autocast, enabled=autocast is not None):
+                return function(*tensors, **options).float()
+        return run(called, *(t.cuda() for t in drawn), relu=relu)
+
+    usual, found, again = here(plain), here(linear), here(linear)
+    floor = 8 * 2.0 ** -24 if autocast is None else 2 * torch.finfo(autocast).eps
+    for i, (got, a, u, e) in enumerate(zip(found, again, usual, exact, strict=True)):
+        assert got.dtype == torch.float32 and torch.equal(got, a), i
+        assert (got.cpu() - e).norm() <= 2 * (u.cpu() - e).norm() + floor * e.norm(), i
