@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import select
+from .common import rounded, select
+
+MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
@@ -38,14 +40,15 @@ def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coeffic
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = (tl.program_id(1) % D_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = rows < rows_total
+    kind = x.dtype.element_ty
 
     mapped = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0.0)
         block = tl.load(weight + d[None, :] * D + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-        mapped = tl.dot(x_tile.to(OPERAND), block.to(OPERAND), mapped, input_precision=PRECISION)
-    mapped += tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        mapped = tl.dot(x_tile.to(OPERAND), rounded(block, kind).to(OPERAND), mapped, input_precision=PRECISION)
+    mapped += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
 
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
@@ -104,7 +107,7 @@ def backward_inputs(sign, weight, grad_x, grad_target, factor, row, rows_total, 
         k = k0 + tl.arange(0, BLOCK_K)
         s = tl.load(sign + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0)
         block = tl.load(weight + k[:, None] * D + d[None, :], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-        sums = tl.dot(s.to(OPERAND), block.to(OPERAND), sums, input_precision=PRECISION)
+        sums = tl.dot(s.to(OPERAND), rounded(block, grad_x.dtype.element_ty).to(OPERAND), sums, input_precision=PRECISION)
     tl.store(grad_x + at, (factor * sums).to(grad_x.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +136,8 @@ def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.const
 
 def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor],
             coefficient: Sequence[float]) -> list[Tensor]:
-    """x, target: M [N, D_j]; weight [D_j, D_j], bias [D_j], all of one dtype (float32, bfloat16, float16); M coefficients.
+    """x, target: M [N, D_j]; weight [D_j, D_j], bias [D_j]; x and target of one dtype (float32, bfloat16, float16),
+    the parameters of that or of float32; M coefficients.
 
     Returns the loss, float32, 0-dimensional, and M signs int8 [N, D_j].
     """
@@ -167,7 +171,7 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
              coefficient: Sequence[float]) -> list[Tensor]:
     """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`.
 
-    Returns the gradients of x, target, weight and bias, M each, in the dtype of x.
+    Returns the gradients of x and target in the dtype of x, of weight and bias in that of weight, M each.
     """
     x, sign, weight = common.contiguous(x, sign, weight)
     rows = x[0].shape[0]

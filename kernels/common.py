@@ -27,6 +27,7 @@ MAX_PARTS = 32      # partial sums per dialogue: bounds what a reader adds up, s
 MAX_SPLITS = 32     # partial weight gradients
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
+TRUNCATES = tl.constexpr(INTERPRETED)       # float32 to bfloat16
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,6 +41,16 @@ def select(index, items, COUNT: tl.constexpr):
     for m in tl.static_range(1, COUNT):
         chosen = tl.where(index == m, items[m], chosen)
     return chosen
+
+
+@triton.jit
+def rounded(value, KIND: tl.constexpr):
+    """value in the type KIND, to nearest: also under the interpreter, which truncates on the way to bfloat16."""
+    if TRUNCATES and KIND == tl.bfloat16 and value.dtype == tl.float32:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return value.to(KIND)
 
 
 @triton.jit

@@ -27,7 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import keep, locate, lookup, part_rows, select
+from .common import keep, locate, lookup, part_rows, rounded, select
+
+MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
@@ -131,6 +133,7 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
     bias = select(local, biases, COUNT)
     proj = select(local, projections, COUNT)
     j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    kind = x.dtype.element_ty
 
     dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
     step = part_rows(end - start, BLOCK_N, MAX_PARTS)
@@ -141,10 +144,10 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
 
     r = tl.arange(0, RP)
     real = r < R
-    b_q1 = tl.load(bias + r, mask=real, other=0.0).to(tl.float32)
-    b_q2 = tl.load(bias + R + r, mask=real, other=0.0).to(tl.float32)
-    b_k1 = tl.load(bias + 2 * R + r, mask=real, other=0.0).to(tl.float32)
-    b_k2 = tl.load(bias + 3 * R + r, mask=real, other=0.0).to(tl.float32)
+    b_q1 = rounded(tl.load(bias + r, mask=real, other=0.0), kind).to(tl.float32)
+    b_q2 = rounded(tl.load(bias + R + r, mask=real, other=0.0), kind).to(tl.float32)
+    b_k1 = rounded(tl.load(bias + 2 * R + r, mask=real, other=0.0), kind).to(tl.float32)
+    b_k2 = rounded(tl.load(bias + 3 * R + r, mask=real, other=0.0), kind).to(tl.float32)
     sums = tl.zeros((RP, RP), tl.float32)
     for row in range(first, last, BLOCK_N):
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -158,10 +161,14 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
             x_tile = tl.load(x + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(OPERAND)
             at = weight + r[None, :] * D + d[:, None]
             mask = real[None, :] & (d < D)[:, None]
-            q1 = tl.dot(x_tile, tl.load(at, mask=mask, other=0.0).to(OPERAND), q1, input_precision=PRECISION)
-            q2 = tl.dot(x_tile, tl.load(at + R * D, mask=mask, other=0.0).to(OPERAND), q2, input_precision=PRECISION)
-            k1 = tl.dot(x_tile, tl.load(at + 2 * R * D, mask=mask, other=0.0).to(OPERAND), k1, input_precision=PRECISION)
-            k2 = tl.dot(x_tile, tl.load(at + 3 * R * D, mask=mask, other=0.0).to(OPERAND), k2, input_precision=PRECISION)
+            p_q1 = rounded(tl.load(at, mask=mask, other=0.0), kind).to(OPERAND)
+            q1 = tl.dot(x_tile, p_q1, q1, input_precision=PRECISION)
+            p_q2 = rounded(tl.load(at + R * D, mask=mask, other=0.0), kind).to(OPERAND)
+            q2 = tl.dot(x_tile, p_q2, q2, input_precision=PRECISION)
+            p_k1 = rounded(tl.load(at + 2 * R * D, mask=mask, other=0.0), kind).to(OPERAND)
+            k1 = tl.dot(x_tile, p_k1, k1, input_precision=PRECISION)
+            p_k2 = rounded(tl.load(at + 3 * R * D, mask=mask, other=0.0), kind).to(OPERAND)
+            k2 = tl.dot(x_tile, p_k2, k2, input_precision=PRECISION)
         q1 += b_q1[None, :]
         q2 += b_q2[None, :]
         k1 += b_k1[None, :]
@@ -223,19 +230,19 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
     w = narrow(scale * v, BLOCK_N, RP, RO)
 
     d = d0 + tl.arange(0, BLOCK_D)
+    kind = x.dtype.element_ty
     attention = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for k0 in range(0, R, KB):
         column, real = map_columns(k0, R, KB, RO)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
         block = tl.load(weight + d[None, :] * (R * R) + column[:, None], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        attention = tl.dot(factors, block.to(tl.float32), attention, input_precision=PRECISION)
-    attention += tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        attention = tl.dot(factors, rounded(block, kind).to(tl.float32), attention, input_precision=PRECISION)
+    attention += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
 
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     gated = attention * x_tile + beta * x_tile
-    kind = x.dtype.element_ty
     tl.store(select(local, attentions, COUNT) + at, attention.to(kind), mask=mask)
     if GATED:
         tl.store(select(local, targets, COUNT) + at, gated.to(kind), mask=mask)
@@ -322,7 +329,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
                                 other=0.0)
                 block = tl.load(weight + d[:, None] * (R * R) + column[None, :], mask=(d < D)[:, None] & real[None, :],
                                 other=0.0)
-                s = tl.dot(g_att.to(OPERAND), block.to(OPERAND), s, input_precision=PRECISION)
+                s = tl.dot(g_att.to(OPERAND), rounded(block, kind).to(OPERAND), s, input_precision=PRECISION)
             s = tl.reshape(s, (BLOCK_N, KB, RO))
             k = k0 + tl.arange(0, KB)
             g_u = tl.sum(s * w[:, None, :], axis=2)
@@ -403,6 +410,7 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
                          PATH: tl.constexpr, MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """g_x += P^T g_q and the partial g_P = g_q^T x, g_p over the tiles first ... last - 1, one block of columns."""
+    kind = x.dtype.element_ty
     r = tl.arange(0, RP)
     d = d0 + tl.arange(0, BLOCK_D)
     at_weight = r[:, None] * D + d[None, :]
@@ -445,13 +453,13 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
             g_x = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
-            p_q1 = tl.load(weight + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            p_q1 = rounded(tl.load(weight + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
             g_x = tl.dot(g_q1, p_q1, g_x, input_precision=PRECISION)
-            p_q2 = tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            p_q2 = rounded(tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
             g_x = tl.dot(g_q2, p_q2, g_x, input_precision=PRECISION)
-            p_k1 = tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            p_k1 = rounded(tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
             g_x = tl.dot(g_k1, p_k1, g_x, input_precision=PRECISION)
-            p_k2 = tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0).to(tl.float32)
+            p_k2 = rounded(tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
             g_x = tl.dot(g_k2, p_k2, g_x, input_precision=PRECISION)
             tl.store(grad_x + at, g_x.to(grad_x.dtype.element_ty), mask=mask)
 
@@ -507,8 +515,8 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
             dropout: float, seed: Tensor | None, gated_target: bool, with_target: bool) -> list[Tensor]:
     """One AFW layer, M modalities.
 
-    x: M [N, D_j]; offsets int64 [B + 1]; proj_weight [4 R, D_j], proj_bias [4 R]; map_weight [D_j, R R], map_bias [D_j], all of
-    one dtype (float32, bfloat16, float16); ring: M (M - 1) positions, row j the others in the order of contraction; seed: int64
+    x: M [N, D_j]; offsets int64 [B + 1]; proj_weight [4 R, D_j], proj_bias [4 R]; map_weight [D_j, R R], map_bias [D_j]; x of
+    one dtype (float32, bfloat16, float16), the parameters of that or of float32; ring: M (M - 1) positions, row j the others in the order of contraction; seed: int64
     [1], needed where dropout > 0.
 
     Returns M out [N, D_j]; with_target: M targets; then M projections float32 [N, 4 R], M averages A float32 [B, R, R], M

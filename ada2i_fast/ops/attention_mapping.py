@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
+from .tensor_ring import fitting
 
 __all__ = ["attention_mapping"]
 
@@ -97,8 +98,9 @@ class _AttentionMapping(torch.autograd.Function):
             # create_graph=True. The sign is constant almost everywhere, so these are differentiable expressions of all the rest.
             c = [grad_loss * c_j for c_j in coefficients(sign, reduction)]
             s = [(c_j * s_j).to(x_j.dtype) for c_j, s_j, x_j in zip(c, sign, x)]
-            result = [*(s_j @ w for s_j, w in zip(s, weight)), *(-s_j for s_j in s), *(s_j.t() @ x_j for s_j, x_j in zip(s, x)),
-                      *(s_j.sum(0) for s_j in s)]
+            result = [*(s_j @ w.to(s_j.dtype) for s_j, w in zip(s, weight)), *(-s_j for s_j in s),
+                      *((s_j.t() @ x_j).to(w.dtype) for s_j, x_j, w in zip(s, x, weight)),
+                      *(s_j.sum(0).to(w.dtype) for s_j, w in zip(s, weight))]
         else:
             result = torch.ops.ada2i_fast.attention_mapping_backward(grad_loss, x, sign, weight, reduction, backend)
         return None, None, *result
@@ -112,17 +114,18 @@ def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Seq
     only so many rows count, and N is that number; x has to be 0 in the others.
     backend: "auto" | "torch" | "cpu" | "triton" | "cuda", see `ada2i_fast.backends`.
 
-    Everything is computed in the dtype of x, to which the others are cast, with sums in float32 (float64 for float64); autocast
+    Everything is computed in the dtype of x, to which the others are rounded, with sums in float32 (float64 for float64); autocast
     has no say here. Returns a 0-dimensional tensor, float32 or float64; 0 for an empty batch.
     """
     dtype = x[0].dtype
     if any(t.dtype != dtype for t in x):
         raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
-    target, weight, bias = ([t if t.dtype == dtype else t.to(dtype) for t in tensors] for tensors in (target, weight, bias))
+    target = [t if t.dtype == dtype else t.to(dtype) for t in target]
     backend = backends.choose("attention_mapping", x, backend)
+    weight, bias = fitting("attention_mapping", backend, dtype, weight, bias)
     if rows is not None:                                        # Phi 0 = phi: a difference, and a sign, of exactly 0
         beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
-        target = [torch.where(beyond, b.detach(), t) for b, t in zip(bias, target)]
+        target = [torch.where(beyond, b.detach().to(dtype), t) for b, t in zip(bias, target)]
         return attention_mapping(x, target, weight, bias, reduction=reduction, backend=backend) * x[0].shape[0] / rows
     if backend == "torch":
         with torch.autocast(x[0].device.type, enabled=False):

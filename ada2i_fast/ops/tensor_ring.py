@@ -155,7 +155,7 @@ class _TensorRing(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph=True: the ops have no derivative, the algebra has all.
             result = gradients_through(lambda *t: sum(tensor_ring_torch(
-                t[:m], offsets, *(t[i * m:(i + 1) * m] for i in range(1, 5)), ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
+                t[:m], offsets, *([p.to(t[0].dtype) for p in t[i * m:(i + 1) * m]] for i in range(1, 5)), ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
                 tensors[:5 * m], grads)
         else:
             grad_out, grad_target = grads[:m], grads[m:]
@@ -172,6 +172,19 @@ class _TensorRing(torch.autograd.Function):
 
 def ring_rows(ring: Sequence[int], m: int) -> list[list[int]]:
     return [list(ring[j * (m - 1):(j + 1) * (m - 1)]) for j in range(m)]
+
+
+@torch.compiler.assume_constant_result
+def _takes_mixed(op: str, backend: str) -> bool:
+    return backend != "torch" and getattr(backends.module(op, backend), "MIXED_PARAMETERS", False)
+
+
+def fitting(op: str, backend: str, dtype: torch.dtype, *kinds: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters as a backend takes them beside x of a dtype: float32 ones as they are where its module says
+    MIXED_PARAMETERS and all are float32, else in the dtype of x."""
+    if all(t.dtype == torch.float32 for kind in kinds for t in kind) and _takes_mixed(op, backend):
+        return [list(kind) for kind in kinds]
+    return [[t if t.dtype == dtype else t.to(dtype) for t in kind] for kind in kinds]
 
 
 def check_layer(x: Sequence[Tensor], dropout: float) -> None:
@@ -197,14 +210,13 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
 
     backend: "auto" | "torch" | "cpu" | "triton" | "cuda", see `ada2i_fast.backends`.
 
-    Everything is computed in the dtype of x, to which parameters are cast, with sums in float32 (float64 for float64); autocast
+    Everything is computed in the dtype of x, to which parameters are rounded, with sums in float32 (float64 for float64); autocast
     has no say here. Returns (out, target), M tensors [N, D_j] each.
     """
     check_layer(x, dropout)
     m, dtype = len(x), x[0].dtype
-    proj_weight, proj_bias, map_weight, map_bias = (
-        [t if t.dtype == dtype else t.to(dtype) for t in tensors] for tensors in (proj_weight, proj_bias, map_weight, map_bias))
     backend = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0] // 4)
+    proj_weight, proj_bias, map_weight, map_bias = fitting("tensor_ring", backend, dtype, proj_weight, proj_bias, map_weight, map_bias)
     if dropout > 0.0 and seed is None and backend != "torch":
         seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     if backend == "torch":

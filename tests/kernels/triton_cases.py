@@ -39,6 +39,7 @@ EPS = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0
 FLOOR = {torch.float32: 4, torch.float16: 1, torch.bfloat16: 2}      # units in the last place
 
 # name: (dtype, widths, rank, lengths, settings). ring "list": the others in list order; "ring": once around.
+# parameters: their dtype, where not that of x; the yardsticks take them rounded to that of x.
 RING = {
     "three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list")),
     "one-modality-rank-1": ("float32", [7], 1, [3, 4], dict()),
@@ -54,6 +55,8 @@ RING = {
     "float16-rank-3": ("float16", [14, 14], 3, [2, 3], dict()),
     "bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
     "bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
+    "bfloat16-mixed": ("bfloat16", [40, 14], 6, [3, 0, 20, 1], dict(dropout=0.5, parameters="float32")),
+    "float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(gated=True, parameters="float32")),
 }
 SLOW_RING = {
     "many-dialogues": ("float32", [7, 7], 3, [n % 3 for n in range(150)], dict(gated=True)),
@@ -61,13 +64,14 @@ SLOW_RING = {
     **{f"rank-{rank}-{dtype}": (dtype, [14, 40, 14], rank, [1, 0, 18, 5], dict(gated=rank % 2 == 0, dropout=0.5, ring="list"))
        for rank in (1, 3, 5, 6, 10, 11, 16, 17, 32) for dtype in ("float32", "float16", "bfloat16")},
 }
-# name: (dtype, widths, rows, reduction)
+# name: (dtype, widths, rows, reduction, settings)
 MAPPING = {
-    "mapping": ("float32", [14, 14, 14], 31, "sum"),
-    "mapping-two-widths": ("float32", [70, 9], 140, "mean"),
-    "mapping-one-row": ("float32", [40], 1, "sum"),
-    "mapping-float16": ("float16", [70, 9], 70, "sum"),
-    "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean"),
+    "mapping": ("float32", [14, 14, 14], 31, "sum", dict()),
+    "mapping-two-widths": ("float32", [70, 9], 140, "mean", dict()),
+    "mapping-one-row": ("float32", [40], 1, "sum", dict()),
+    "mapping-float16": ("float16", [70, 9], 70, "sum", dict()),
+    "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean", dict()),
+    "mapping-bfloat16-mixed": ("bfloat16", [40, 9], 70, "mean", dict(parameters="float32")),
 }
 
 # name: (dtype, modalities, rows, width, classes, options), see fusion_case.
@@ -105,6 +109,13 @@ def inside_nan(t: torch.Tensor) -> torch.Tensor:
     """A copy between margins of NaN, of huge offsets where integers are meant."""
     _, view = guarded(t.shape, t.dtype, float("nan") if t.is_floating_point() else 77 if t.dtype == torch.int8 else 2 ** 40)
     return view.copy_(t)
+
+
+def between(t: torch.Tensor, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
+    """Numbers of a wider dtype that t are when rounded."""
+    wide = t.to(dtype)
+    moved = wide * (1 + 0.4 * EPS[t.dtype] * (torch.rand(t.shape, generator=g) - 0.5))
+    return torch.where(moved.to(t.dtype) == t, moved, wide)
 
 
 @contextmanager
@@ -175,6 +186,9 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     map_weight = [draw(d, rank * rank, scale=1 / rank) for d in widths]
     map_bias = [draw(d, scale=0.5) for d in widths]
     tensors = [x, proj_weight, proj_bias, map_weight, map_bias]
+    given = [[inside_nan(t) for t in kind] for kind in tensors]
+    if settings.get("parameters"):
+        given[1:] = [[inside_nan(between(t, getattr(torch, settings["parameters"]), g)) for t in kind] for kind in tensors[1:]]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     if settings.get("ring") == "list":
         ring = [[l for l in range(m) if l != j] for j in range(m)]
@@ -199,7 +213,6 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
 
     common.MAX_PARTS = settings.get("parts", 32)
     overwritten: list = []
-    given = [[inside_nan(t) for t in kind] for kind in tensors]
     offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
     # TF32 has the mantissa of float16; only a GPU rounds to it.
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
@@ -217,14 +230,14 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         checks.true(f"dtype of result {i}", a.dtype == dtype)
         checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, rounded)
     names = [f"grad {kind} {j}" for kind in ("x", "proj_weight", "proj_bias", "map_weight", "map_bias") for j in range(m)]
-    inputs = [t for kind in tensors for t in kind]
+    inputs = [t for kind in given for t in kind]
     for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
-        checks.true(f"dtype of {name}", a.dtype == dtype and a.shape == t.shape)
+        checks.true(f"dtype of {name}", a.dtype == t.dtype and a.shape == t.shape)
         checks.against(name, a, b if b is not None else torch.zeros_like(t), c if c is not None else torch.zeros_like(t).double(),
                        rounded)
 
 
-def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduction: str) -> None:
+def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduction: str, settings: dict) -> None:
     from ada2i_fast.kernels import attention_mapping
     from ada2i_fast.ops.attention_mapping import attention_mapping_torch
 
@@ -244,7 +257,9 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     exact, exact_grads = oracle(torch.float64)
     plain, plain_grads = oracle(dtype)
     overwritten: list = []
-    x, target, weight, bias = ([inside_nan(t) for t in kind] for kind in tensors)
+    x, target, weight, bias = given = [[inside_nan(t) for t in kind] for kind in tensors]
+    if settings.get("parameters"):
+        weight, bias = given[2:] = [[inside_nan(between(t, getattr(torch, settings["parameters"]), g)) for t in kind] for kind in tensors[2:]]
     with poisoned(overwritten):
         loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
         grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient)
@@ -253,8 +268,9 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     checks.true("signs are int8", all(s.dtype == torch.int8 and s.shape == t.shape for s, t in zip(sign, x)))
     checks.against("loss", loss, plain, exact, torch.float32)
     names = [f"grad {kind} {j}" for kind in ("x", "target", "weight", "bias") for j in range(len(widths))]
-    for name, a, b, c in zip(names, grads, plain_grads, exact_grads):
-        checks.true(f"dtype of {name}", a.dtype == dtype)
+    inputs = [t for kind in given for t in kind]
+    for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
+        checks.true(f"dtype of {name}", a.dtype == t.dtype)
         checks.against(name, a, b, c, dtype)
     # The derivative of |0| is 0: equal target, so no gradient at all.
     zero = [torch.zeros_like(t) for t in tensors[0]]
