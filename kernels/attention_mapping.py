@@ -8,6 +8,11 @@ Backward, two launches per distinct pair, for g_Phi is a sum over all rows and c
 
     map_backward       g_x, g_target;  in other programs of the launch partial g_Phi, g_phi
     reduce_splits      g_Phi, g_phi
+
+From `common.LIBRARY_ROWS` rows on the products go through the library:
+
+    distance           of Phi x, which the library makes, to the target; its sign
+    expand_signs       S in the dtype of x, g_target, partial g_phi; library: g_x = S (c Phi), g_Phi = S^T x
 """
 
 from __future__ import annotations
@@ -21,7 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import rounded, select
+from .common import column_tile, rounded, select
+
+FLAT = 2048                         # elements per program of `distance`
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64  # tile of `expand_signs`
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -131,6 +139,42 @@ def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.const
         tl.store(gradients + D * D + o, factor * bias, mask=o < D)
 
 
+# ---- many rows: what is left beside products of the library
+
+
+@triton.jit(do_not_specialize=["first", "last", "place"])
+def distance(mapped, target, bias, sign, losses, first, last, place, coefficient, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Distance of mapped (+ bias) to the target over the rows first ... last - 1, its sign. Grid (cdiv((last - first) D, BLOCK),).
+
+    mapped: float32 [last - first, D]. losses: float32, one per program, from place on.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < (last - first).to(tl.int64) * D
+    kind = target.dtype.element_ty
+    at = first.to(tl.int64) * D + i
+    difference = tl.load(mapped + i, mask=inside, other=0.0) + rounded(tl.load(bias + i % D), kind).to(tl.float32)
+    difference -= tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sign + at, (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8), mask=inside)
+    tl.store(losses + place + tl.program_id(0), coefficient * tl.sum(tl.where(inside, tl.abs(difference), 0.0)))
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def expand_signs(factor, sign, grad_target, signs, sums, first, last, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """S of the rows first ... last - 1 in the dtype of x, g_target = -c S, sums of S over blocks of rows. Grid: see `column_tile`.
+
+    factor: c, float32, 0-dimensional. signs: [last - first, D]. sums: float32 [cdiv(N, BLOCK_N), D]; first % BLOCK_N == 0.
+    """
+    rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < last)[:, None] & (d < D)[None, :]
+    s = tl.load(sign + at, mask=mask, other=0).to(tl.float32)
+    tl.store(grad_target + at, (-tl.load(factor) * s).to(grad_target.dtype.element_ty), mask=mask)
+    tl.store(signs + at - first.to(tl.int64) * D, s.to(signs.dtype.element_ty), mask=mask)
+    block = tl.min(rows, axis=0) // BLOCK_N
+    tl.store(sums + block * D + d, tl.sum(s, axis=0), mask=d < D)
+
+
 # -------------------------------------------------------------------------------------------------------- forward launcher
 
 
@@ -146,6 +190,8 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
     sign = [torch.empty_like(t, dtype=torch.int8) for t in x]
     if rows == 0:
         return [x[0].new_zeros((), dtype=torch.float32), *sign]
+    if common.through_library(x[0].dtype, rows):
+        return [forward_through_library(x, target, weight, bias, coefficient, sign), *sign]
     meta = constants(x[0].dtype)
     launches = []
     programs = 0
@@ -162,6 +208,29 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
                 mine(sign), losses[first:], rows, coefficient[group[0]], D=x[group[0]].shape[1],
                 COUNT=len(group), **meta)
     return [losses.sum(), *sign]
+
+
+def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[Tensor], bias: list[Tensor],
+                            coefficient: Sequence[float], sign: list[Tensor]) -> Tensor:
+    """The loss; fills sign."""
+    launches, programs = [], 0
+    for j, x_j in enumerate(x):
+        width = x_j.shape[1]
+        for first, last in common.chunks(x_j.shape[0], 4 * width):
+            launches.append((j, width, first, last, programs))
+            programs += triton.cdiv((last - first) * width, FLAT)
+    losses = x[0].new_empty((programs,), dtype=torch.float32)
+    with torch.cuda.device_of(x[0]):
+        for j, width, first, last, place in launches:
+            if first == 0:
+                mapped = x[j].new_empty((last, width), dtype=torch.float32)
+                right = weight[j].to(x[j].dtype).t()
+            n = last - first
+            common.product(x[j][first:last], right, mapped[:n])
+            distance[(triton.cdiv(n * width, FLAT),)](
+                mapped, target[j], bias[j], sign[j], losses, first, last, place, coefficient[j], D=width, BLOCK=FLAT, num_warps=4,
+                enable_fp_fusion=True)
+    return losses.sum()
 
 
 # ------------------------------------------------------------------------------------------------------- backward launcher
@@ -184,6 +253,9 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
         for t in results:
             t.zero_()
         return results
+    if common.through_library(x[0].dtype, rows):
+        backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
+        return results
     meta = constants(x[0].dtype)
     row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
     splits = min(common.MAX_SPLITS, triton.cdiv(row_blocks, 4))
@@ -200,6 +272,42 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
                 coefficient[group[0]], D=width, COUNT=count, LENGTH=length, **meta)
             common.reduce(gradients, [mine(grad_weight), mine(grad_bias)])
     return results
+
+
+def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], weight: list[Tensor],
+                             coefficient: Sequence[float], grad_x: list[Tensor], grad_target: list[Tensor],
+                             grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
+    """Fills the gradients. c joins Phi before the product; in float16, where it would underflow, the float32 product instead."""
+    rows, dtype = x[0].shape[0], x[0].dtype
+    late = dtype == torch.float16
+    float32 = {"dtype": torch.float32}
+    factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
+    with torch.cuda.device_of(x[0]):
+        for j, c in enumerate(coefficient):
+            width, factor = x[j].shape[1], factors[c]
+            ranges = common.chunks(rows, (4 if late else dtype.itemsize) * width)
+            most = ranges[0][1]
+            signs = x[j].new_empty((most, width))
+            sums = x[j].new_empty((triton.cdiv(rows, BLOCK_ROWS), width), **float32)
+            grad_phi = x[j].new_empty((len(ranges), width, width), **float32)
+            if late:
+                right, unscaled = weight[j].to(dtype), x[j].new_empty((most, width), **float32)
+            else:
+                right = x[j].new_empty((width, width))
+                torch.mul(weight[j].to(torch.float32), factor, out=right)
+            for place, (first, last) in enumerate(ranges):
+                n = last - first
+                expand_signs[(triton.cdiv(n, BLOCK_ROWS) * triton.cdiv(width, BLOCK_COLUMNS),)](
+                    factor, sign[j], grad_target[j], signs, sums, first, last, D=width, BLOCK_N=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS,
+                    num_warps=4, enable_fp_fusion=True)
+                if late:
+                    common.product(signs[:n], right, unscaled[:n])
+                    torch.mul(unscaled[:n], factor, out=grad_x[j][first:last])
+                else:
+                    common.product(signs[:n], right, grad_x[j][first:last])
+                common.product(signs[:n].t(), x[j][first:last], grad_phi[place])
+            torch.mul(common.total(grad_phi), factor, out=grad_weight[j])
+            torch.mul(sums.sum(0), factor, out=grad_bias[j])
 
 
 def constants(dtype: torch.dtype) -> dict:

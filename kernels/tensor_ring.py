@@ -12,6 +12,19 @@ Backward, three: g_C is a sum over a dialogue, the weight gradients are sums ove
     backward_weights   g_A, g_q1 .. g_k2, g_x and partial g_P, g_p;  in other programs of the launch partial g_W, g_c
     reduce_splits      g_P, g_p, g_W, g_c
 
+From `common.LIBRARY_ROWS` rows on dense products go through the library, and kernels do the rest, each reading an array once:
+
+    project            as above; with "ieee" products the library makes q1 .. k2, and sum_cores the parts
+    contract_cores     A, w
+    outer_rows         F = [u_k w_o, 1, 0 ..]; library: att = F [W, c, 0 ..]^T, packed by pack_map
+    gate_rows          gate, dropout
+
+    contract_cores     w
+    gate_gradients     g_att, the gate's share of g_x; library: S = g_att W
+    outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F
+    sum_cores          sum v g_w^T of each part of a dialogue
+    core_gradients     g_q1 .. g_k2 and partial g_p; library: g_x += g_q P, g_P = g_q^T x
+
 The map R^2 -> D is a product whose left factor u_k w_o is made in registers, KB values of k at a time. RP pads R for products
 over R (tensor cores want 16), RO pads o inside the map, where 8 will do.
 """
@@ -27,7 +40,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import keep, locate, lookup, part_rows, rounded, select
+from .common import column_tile, keep, locate, lookup, part_rows, rounded, select
+
+GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -84,6 +99,49 @@ def contracted(averages, dialogue, j, RING: tl.constexpr, M: tl.constexpr, R: tl
         a = load_square(select(lookup(j, RING, M, M - 1, p), averages, M) + at, R, RP)
         c = tl.dot(c, a, input_precision=PRECISION)
     return c
+
+
+@triton.jit
+def contracted_parts(partial, first_tile, parts, tiles, factor, j, RING: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
+                     RP: tl.constexpr, PRECISION: tl.constexpr):
+    """C_j of a dialogue from the parts of its sums, M > 1; factor: s / N_b."""
+    c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
+    for p in tl.static_range(1, M - 1):
+        a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
+        c = tl.dot(c, a, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def store_gated(attention, x, target, out, at, mask, seed, j, rows, d0, beta, keep_scale, GATED: tl.constexpr,
+                DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gate, dropout; GATED: store the gated output before dropout as a target too. attention: float32 [BLOCK_N, BLOCK_D]."""
+    kind = x.dtype.element_ty
+    x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    gated = attention * x_tile + beta * x_tile
+    if GATED:
+        tl.store(target + at, gated.to(kind), mask=mask)
+    if DROPOUT:
+        gated = tl.where(keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D), gated * keep_scale, 0.0)
+    tl.store(out + at, gated.to(kind), mask=mask)
+
+
+@triton.jit
+def through_gate(grad_out, grad_target, x, attention, at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET: tl.constexpr,
+                 GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """g_att and the gate's share of g_x, g_gated (att + beta): float32 [BLOCK_N, BLOCK_D]."""
+    g = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        g = tl.where(keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D), g * keep_scale, 0.0)
+    if HAS_TARGET:
+        t = tl.load(grad_target + at, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            g += t
+    g_att = g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TARGET:
+        if not GATED:
+            g_att += t
+    return g_att, g * (tl.load(attention + at, mask=mask, other=0.0).to(tl.float32) + beta)
 
 
 @triton.jit
@@ -222,10 +280,7 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
     inside = rows < end
     v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
     if M > 1:
-        c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
-        for p in tl.static_range(1, M - 1):
-            a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
-            c = tl.dot(c, a, input_precision=PRECISION)
+        c = contracted_parts(partial, first_tile, parts, tiles, factor, j, RING, M, R, RP, PRECISION)
         v = tl.dot(v, c, input_precision=PRECISION)
     w = narrow(scale * v, BLOCK_N, RP, RO)
 
@@ -241,15 +296,9 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
 
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
-    x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    gated = attention * x_tile + beta * x_tile
     tl.store(select(local, attentions, COUNT) + at, attention.to(kind), mask=mask)
-    if GATED:
-        tl.store(select(local, targets, COUNT) + at, gated.to(kind), mask=mask)
-    if DROPOUT:
-        kept = keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D)
-        gated = tl.where(kept, gated * keep_scale, 0.0)
-    tl.store(select(local, outs, COUNT) + at, gated.to(kind), mask=mask)
+    store_gated(attention, x, select(local, targets, COUNT), select(local, outs, COUNT), at, mask, seed, j, rows, d0, beta, keep_scale,
+                GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total"])
@@ -296,18 +345,8 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
             d = d0 + tl.arange(0, BLOCK_D)
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
-            g = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            if DROPOUT:
-                g = tl.where(keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D), g * keep_scale, 0.0)
-            if HAS_TARGET:
-                t = tl.load(select(local, grad_targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
-                if GATED:
-                    g += t
-            g_att = g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            if HAS_TARGET:
-                if not GATED:
-                    g_att += t
-            g_x = g * (tl.load(attention + at, mask=mask, other=0.0).to(tl.float32) + beta)
+            g_att, g_x = through_gate(grad_out, select(local, grad_targets, COUNT), x, attention, at, mask, seed, j, rows, d0, beta,
+                                      keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
             tl.store(grad_attention + at, g_att.to(kind), mask=mask)
             tl.store(grad_x + at, g_x.to(kind), mask=mask)
         # Other threads of the program read what these wrote.
@@ -347,13 +386,15 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
 
 @triton.jit
-def grad_average(partial, averages, dialogue, first_tile, parts, tiles, j, PATH: tl.constexpr, M: tl.constexpr,
-                 R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr):
-    """g_A of modality j: its share in the ring of each other modality, by the product rule.
+def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH: tl.constexpr, M: tl.constexpr,
+                 R: tl.constexpr, RP: tl.constexpr, MAX_PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """s / N_b g_A of modality j: its share in the ring of each other modality, by the product rule.
 
     In C = A_1 .. A_p .. A_m the share of A_p is (A_1 .. A_{p-1})^T g_C (A_{p+1} .. A_m)^T; PATH (from `ring_path`) names the
     factors in the order in which they are applied and the side of each.
     """
+    step = part_rows(length, BLOCK_N, MAX_PARTS)
+    parts = (length + step - 1) // step
     total = tl.zeros((RP, RP), tl.float32)
     for i in tl.static_range(M - 1):
         g = sum_parts(partial, (j + 1 + i) % M * tiles + first_tile, parts, R, RP)
@@ -365,7 +406,7 @@ def grad_average(partial, averages, dialogue, first_tile, parts, tiles, j, PATH:
             else:
                 g = tl.dot(g, a, input_precision=PRECISION)
         total += g
-    return total
+    return total * (scale / length.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits"])
@@ -439,10 +480,8 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
             g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
             if M > 1:
                 length = end - start
-                step = part_rows(length, BLOCK_N, MAX_PARTS)
-                parts = (length + step - 1) // step
-                g_a = grad_average(partial, averages, dialogue, first_tile, parts, tiles, j, PATH, M, R, RP, PRECISION)
-                g_a = g_a * (scale / length.to(tl.float32))
+                g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
+                                   PRECISION, BLOCK_N)
                 g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
                 g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
             g_q1 = g_u * k1
@@ -507,6 +546,206 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
         tl.store(gradients + D * R * R + d, bias, mask=d < D)
 
 
+# ---- many rows: what is left beside products of the library
+
+
+@triton.jit
+def pack_map(weights, biases, packed, D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+             BLOCK: tl.constexpr):
+    """[W, c, 0 ..] in the dtype of x: [D, COLUMNS]. Grid (cdiv(D * COLUMNS, BLOCK), COUNT)."""
+    to = select(tl.program_id(1), packed, COUNT)
+    kind = to.dtype.element_ty
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = i // COLUMNS
+    column = i % COLUMNS
+    value = rounded(tl.load(select(tl.program_id(1), weights, COUNT) + d * (R * R) + column, mask=(d < D) & (column < R * R),
+                            other=0.0), kind)
+    bias = rounded(tl.load(select(tl.program_id(1), biases, COUNT) + d, mask=(d < D) & (column == R * R), other=0.0), kind)
+    tl.store(to + i, tl.where(column == R * R, bias, value), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles"])
+def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.constexpr, RP: tl.constexpr, COUNT: tl.constexpr,
+              GROUP: tl.constexpr, MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, COUNT). partial: float32 [M, tiles, R, R]."""
+    tile = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1)
+    proj = select(local, projections, COUNT)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    _, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    step = part_rows(end - start, BLOCK_N, MAX_PARTS)
+    first = start + (tile - first_tile) * step
+    last = tl.minimum(first + step, end)
+    if first >= last:
+        return
+    r = tl.arange(0, RP)
+    sums = tl.zeros((RP, RP), tl.float32)
+    for row in range(first, last, BLOCK_N):
+        rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = rows < last
+        v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
+        if BACKWARD:
+            at = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + R + r[None, :]
+            g_w = tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0.0)
+            sums = tl.dot(tl.trans(v), g_w, sums, input_precision=PRECISION)
+        else:
+            u = load_projection(proj, rows, inside, 0, R, RP) * load_projection(proj, rows, inside, 2, R, RP)
+            sums = tl.dot(tl.trans(u), v, sums, input_precision=PRECISION)
+    store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles"])
+def contract_cores(projections, vectors, offsets, partial, averages, dialogues, tiles, scale, R: tl.constexpr, RP: tl.constexpr,
+                   M: tl.constexpr, RING: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, MAX_PARTS: tl.constexpr,
+                   BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors. Grid (tiles, COUNT).
+
+    C from the parts, and A stored in averages, of the group; BACKWARD: C from averages, all M of them.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1)
+    proj = select(local, projections, COUNT)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    length = end - start
+    step = part_rows(length, BLOCK_N, MAX_PARTS)
+    parts = (length + step - 1) // step
+    factor = scale / tl.maximum(length, 1).to(tl.float32)
+    if not BACKWARD:
+        if tile == first_tile:
+            # Written for empty dialogues too: zero.
+            mean = factor * sum_parts(partial, j * tiles + first_tile, parts, R, RP)
+            store_square(select(local, averages, COUNT) + dialogue * (R * R), mean, R, RP)
+    row = start + (tile - first_tile) * BLOCK_N
+    if row >= end:
+        return
+    rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = rows < end
+    w = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
+    if M > 1:
+        if BACKWARD:
+            c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
+        else:
+            c = contracted_parts(partial, first_tile, parts, tiles, factor, j, RING, M, R, RP, PRECISION)
+        w = tl.dot(w, c, input_precision=PRECISION)
+    r = tl.arange(0, RP)
+    at = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + 2 * R + r[None, :]
+    tl.store(at, scale * w, mask=inside[:, None] & (r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def outer_rows(proj, vectors, products, factors, first, last, scale, R: tl.constexpr, RO: tl.constexpr, COLUMNS: tl.constexpr,
+               BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """F of the rows first ... last - 1, [last - first, COLUMNS]: u_k w_o in column k R + o, then 1, then 0.
+
+    BACKWARD: from products, S in the same columns, g_u and s g_w too, the first two of three columns of vectors. Grid
+    (cdiv(last - first, BLOCK_N),).
+    """
+    kind = factors.dtype.element_ty
+    local = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = first.to(tl.int64) + local
+    inside = rows < last
+    k = tl.arange(0, RO)
+    u = load_core(proj, rows, inside, 0, R, RO)
+    at_row = vectors + rows[:, None] * (3 * R) + k[None, :]
+    mask_row = inside[:, None] & (k < R)[None, :]
+    w = tl.load(at_row + 2 * R, mask=mask_row, other=0.0)
+    at = local[:, None, None] * COLUMNS + (k[:, None] * R + k[None, :])[None, :, :]
+    mask = inside[:, None, None] & ((k < R)[:, None] & (k < R)[None, :])[None, :, :]
+    tl.store(factors + at, rounded(u[:, :, None] * w[:, None, :], kind), mask=mask)
+    PAD: tl.constexpr = 8
+    pad = R * R + tl.arange(0, PAD)
+    one = tl.where(pad == R * R, 1.0, 0.0)[None, :] + tl.zeros((BLOCK_N, PAD), tl.float32)
+    tl.store(factors + local[:, None] * COLUMNS + pad[None, :], one.to(kind), mask=inside[:, None] & (pad < COLUMNS)[None, :])
+    if BACKWARD:
+        s = tl.load(products + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at_row, tl.sum(s * w[:, None, :], axis=2), mask=mask_row)
+        tl.store(at_row + R, scale * tl.sum(s * u[:, :, None], axis=1), mask=mask_row)
+
+
+@triton.jit(do_not_specialize=["j", "first", "last"])
+def gate_rows(x, attention, target, out, seed, j, first, last, beta, keep_scale, D: tl.constexpr, GATED: tl.constexpr,
+              DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gate and dropout of the rows first ... last - 1. Grid: see `column_tile`."""
+    rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < last)[:, None] & (d < D)[None, :]
+    store_gated(tl.load(attention + at, mask=mask, other=0.0).to(tl.float32), x, target, out, at, mask, seed, j, rows, d0, beta,
+                keep_scale, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["j", "first", "last"])
+def gate_gradients(grad_out, grad_target, x, attention, grad_x, grad_attention, seed, j, first, last, beta, keep_scale,
+                   D: tl.constexpr, STRIDE: tl.constexpr, HAS_TARGET: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+                   THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gate's share of g_x, and g_att of the rows first ... last - 1: [last - first, STRIDE] in the dtype of x."""
+    kind = x.dtype.element_ty
+    rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < last)[:, None] & (d < D)[None, :]
+    g_att, g_x = through_gate(grad_out, grad_target, x, attention, at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET, GATED,
+                              DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+    tl.store(grad_attention + (rows - first)[:, None] * STRIDE + d[None, :], rounded(g_att, kind), mask=mask)
+    tl.store(grad_x + at, rounded(g_x, kind), mask=mask)
+
+
+@triton.jit
+def store_part(value, PART: tl.constexpr, gradient, sums, rows, inside, R: tl.constexpr, RP: tl.constexpr, STRIDE: tl.constexpr):
+    """g_q1, g_q2, g_k1 or g_k2 (PART 0 .. 3) of some rows, and its column sums."""
+    r = tl.arange(0, RP)
+    tl.store(gradient + rows[:, None] * STRIDE + PART * R + r[None, :], rounded(value, gradient.dtype.element_ty),
+             mask=inside[:, None] & (r < R)[None, :])
+    tl.store(sums + PART * R + r, tl.sum(value, axis=0), mask=r < R)
+
+
+@triton.jit(do_not_specialize=["dialogues", "tiles"])
+def core_gradients(projections, vectors, offsets, averages, partial, gradients, sums, dialogues, tiles, scale, R: tl.constexpr,
+                   RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, PATH: tl.constexpr, COUNT: tl.constexpr,
+                   GROUP: tl.constexpr, STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
+    """g_q1 .. g_k2 of one block of a dialogue's rows, and their sums over it. Grid (tiles, COUNT). averages: all M.
+
+    gradients: [N, STRIDE] in the dtype of x; sums: float32 [COUNT, tiles, 4 R].
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1)
+    proj = select(local, projections, COUNT)
+    gradient = select(local, gradients, COUNT)
+    sums += (local.to(tl.int64) * tiles + tile) * (4 * R)
+    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
+    row = start + (tile - first_tile) * BLOCK_N
+    r = tl.arange(0, RP)
+    if row >= end:
+        for part in tl.static_range(4):
+            tl.store(sums + part * R + r, tl.zeros((RP,), tl.float32), mask=r < R)
+        return
+    rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = rows < end
+    q1 = load_projection(proj, rows, inside, 0, R, RP)
+    q2 = load_projection(proj, rows, inside, 1, R, RP)
+    k1 = load_projection(proj, rows, inside, 2, R, RP)
+    k2 = load_projection(proj, rows, inside, 3, R, RP)
+    at_row = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + r[None, :]
+    mask_row = inside[:, None] & (r < R)[None, :]
+    g_u = tl.load(at_row, mask=mask_row, other=0.0)
+    g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
+    if M > 1:
+        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
+        g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
+        g_a = grad_average(partial, averages, dialogue, first_tile, end - start, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
+                           PRECISION, BLOCK_N)
+        g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
+        g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
+    store_part(g_u * k1, 0, gradient, sums, rows, inside, R, RP, STRIDE)
+    store_part(g_v * k2, 1, gradient, sums, rows, inside, R, RP, STRIDE)
+    store_part(g_u * q1, 2, gradient, sums, rows, inside, R, RP, STRIDE)
+    store_part(g_v * q2, 3, gradient, sums, rows, inside, R, RP, STRIDE)
+
+
 # -------------------------------------------------------------------------------------------------------- forward launcher
 
 
@@ -542,22 +781,80 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
         keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         with torch.cuda.device_of(x[0]):
             together = common.groups(t.shape[1] for t in x)
-            for group in together:
-                mine = partial(common.pick, group)
-                project[(tiles, len(group))](
-                    mine(x), offsets, mine(proj_weight), mine(proj_bias), mine(proj), sums, dialogues, tiles,
-                    D=x[group[0]].shape[1], COUNT=len(group), GROUP=group,
-                    **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
-            for group in together:
-                mine = partial(common.pick, group)
-                width = x[group[0]].shape[1]
-                contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
-                    mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
-                    mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m,
-                    RING=tuple(ring) or (0,), COUNT=len(group), GROUP=group, GATED=gated,
-                    **common.dropout_arguments(dropout),
-                    **only(meta, "R RP RO KB MAX_PARTS PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
+            if common.through_library(x[0].dtype, rows):
+                forward_through_library(x, offsets, proj_weight, proj_bias, map_weight, map_bias, sums, proj, average, attention,
+                                        target, out, tuple(ring) or (0,), scale, beta, dropout, seed, gated, meta)
+            else:
+                for group in together:
+                    project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
+                for group in together:
+                    mine = partial(common.pick, group)
+                    width = x[group[0]].shape[1]
+                    contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
+                        mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
+                        mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m,
+                        RING=tuple(ring) or (0,), COUNT=len(group), GROUP=group, GATED=gated,
+                        **common.dropout_arguments(dropout),
+                        **only(meta, "R RP RO KB MAX_PARTS PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
     return out + (target if with_target else []) + proj + average + attention
+
+
+def project_group(group: Sequence[int], x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
+                  proj_bias: Sequence[Tensor], proj: Sequence[Tensor], sums: Tensor, meta: dict) -> None:
+    mine = partial(common.pick, group)
+    project[(sums.shape[1], len(group))](
+        mine(x), offsets, mine(proj_weight), mine(proj_bias), mine(proj), sums, offsets.numel() - 1, sums.shape[1],
+        D=x[group[0]].shape[1], COUNT=len(group), GROUP=group,
+        **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
+
+
+def packed_maps(x: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """[W, c, 0 ..] in the dtype of x, M [D_j, multiple of 8]."""
+    columns = padded(rank * rank + 1)
+    packed = [t.new_empty((t.shape[1], columns)) for t in x]
+    for group in common.groups(t.shape[1] for t in x):
+        mine = partial(common.pick, group)
+        width = x[group[0]].shape[1]
+        pack_map[(triton.cdiv(width * columns, 1024), len(group))](
+            mine(map_weight), mine(map_bias), mine(packed), D=width, R=rank, COLUMNS=columns, COUNT=len(group), BLOCK=1024,
+            num_warps=4, enable_fp_fusion=True)
+    return packed
+
+
+def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[Tensor], proj_bias: list[Tensor],
+                            map_weight: list[Tensor], map_bias: list[Tensor], sums: Tensor, proj: list[Tensor],
+                            average: list[Tensor], attention: list[Tensor], target: list[Tensor], out: list[Tensor],
+                            ring: tuple[int, ...], scale: float, beta: float, dropout: float, seed: Tensor | None, gated: bool,
+                            meta: dict) -> None:
+    """Fills proj, average, attention, target and out; sums: float32 [M, tiles, R, R]."""
+    m, tiles, rank, _ = sums.shape
+    rows, dialogues = x[0].shape[0], offsets.numel() - 1
+    everyone = {"COUNT": m, "GROUP": tuple(range(m)), "BACKWARD": False,
+                **only(meta, "R RP MAX_PARTS PRECISION BLOCK_N num_warps enable_fp_fusion")}
+    if meta["PRECISION"] == "ieee":         # on ordinary cores: there the library is several times as fast
+        for x_j, weight, bias, to in zip(x, proj_weight, proj_bias, proj):
+            torch.addmm(bias, x_j, weight.t(), out=to)
+        sum_cores[(tiles, m)](tuple(proj), tuple(proj), offsets, sums, dialogues, tiles, **everyone)
+    else:
+        for group in common.groups(t.shape[1] for t in x):
+            project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
+    vectors = [t.new_empty((rows, 3 * rank), dtype=torch.float32) for t in x]
+    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, tuple(average), dialogues, tiles, scale, M=m, RING=ring,
+                               **everyone)
+    block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
+    keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    for j, packed in enumerate(packed_maps(x, map_weight, map_bias, rank)):
+        width, columns = packed.shape
+        ranges = common.chunks(rows, x[j].element_size() * max(width, columns))
+        factors = x[j].new_empty((ranges[0][1], columns))
+        for first, last in ranges:
+            n = last - first
+            outer_rows[(triton.cdiv(n, block["BLOCK_N"]),)](
+                proj[j], vectors[j], factors, factors, first, last, scale, COLUMNS=columns, BACKWARD=False, **block)
+            common.product(factors[:n], packed.t(), attention[j][first:last])
+            gate_rows[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS),)](
+                x[j], attention[j], target[j], out[j], seed, j, first, last, beta, keep_scale, D=width, GATED=gated,
+                **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4, enable_fp_fusion=True)
 
 
 # ------------------------------------------------------------------------------------------------------- backward launcher
@@ -595,6 +892,11 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     ring = tuple(ring) or (0,)
     warps = 8 if meta["PRECISION"] == "ieee" else 4     # see `constants`
     scratch = []
+    if common.through_library(x[0].dtype, rows):
+        with torch.cuda.device_of(x[0]):
+            backward_through_library(grad_out, grad_target, x, offsets, parameters, proj, average, attention, sums, grad_x, grads,
+                                     ring, scale, beta, dropout, seed, gated_target, meta)
+        return grad_x + [t for kind in grads for t in kind]
     with torch.cuda.device_of(x[0]):
         together = common.groups(t.shape[1] for t in x)
         for group in together:
@@ -621,6 +923,70 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
                 GROUP=group, LENGTH=length, **{**meta, "num_warps": warps})
             common.reduce(gradients, [mine(kind) for kind in grads])
     return grad_x + [t for kind in grads for t in kind]
+
+
+def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], x: list[Tensor], offsets: Tensor,
+                             parameters: list[list[Tensor]], proj: list[Tensor], average: list[Tensor], attention: list[Tensor],
+                             sums: Tensor, grad_x: list[Tensor], grads: list[list[Tensor]], ring: tuple[int, ...], scale: float,
+                             beta: float, dropout: float, seed: Tensor | None, gated: bool, meta: dict) -> None:
+    """Fills grad_x and grads, of the parameters; sums: float32 [M, tiles, R, R]."""
+    m, tiles, rank, _ = sums.shape
+    rows, dialogues = x[0].shape[0], offsets.numel() - 1
+    float32 = {"dtype": torch.float32}
+    proj_weight, _, map_weight, map_bias = parameters
+    everyone = {"COUNT": m, "GROUP": tuple(range(m)), **only(meta, "R RP MAX_PARTS PRECISION BLOCK_N num_warps enable_fp_fusion")}
+    vectors = [t.new_empty((rows, 3 * rank), **float32) for t in x]
+    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, tuple(average), dialogues, tiles, scale, M=m, RING=ring,
+                               BACKWARD=True, **everyone)
+    block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
+    keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    results, values = [], []
+    for j, packed in enumerate(packed_maps(x, map_weight, map_bias, rank)):
+        width, columns = packed.shape
+        stride = padded(width)
+        ranges = common.chunks(rows, x[j].element_size() * max(stride, columns))
+        most = ranges[0][1]
+        grad_attention = x[j].new_empty((most, stride))
+        products, factors = x[j].new_empty((most, columns)), x[j].new_empty((most, columns))
+        grad_map = x[j].new_empty((len(ranges), width, columns), **float32)
+        for place, (first, last) in enumerate(ranges):
+            n = last - first
+            gate_gradients[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS),)](
+                grad_out[j], grad_target[j] if grad_target else x[j], x[j], attention[j], grad_x[j], grad_attention, seed, j, first,
+                last, beta, keep_scale, D=width, STRIDE=stride, HAS_TARGET=len(grad_target) > 0, GATED=gated,
+                **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4, enable_fp_fusion=True)
+            g_att = grad_attention[:n, :width]
+            common.product(g_att, packed, products[:n])
+            outer_rows[(triton.cdiv(n, block["BLOCK_N"]),)](
+                proj[j], vectors[j], products, factors, first, last, scale, COLUMNS=columns, BACKWARD=True, **block)
+            common.product(g_att.t(), factors[:n], grad_map[place])
+        total = common.total(grad_map)
+        results += [grads[2][j], grads[3][j]]
+        values += [total[:, :rank * rank], total[:, rank * rank]]
+
+    if m > 1:
+        sum_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, dialogues, tiles, BACKWARD=True, **everyone)
+    stride = padded(4 * rank)
+    grad_proj = [t.new_empty((rows, stride)) for t in x]
+    biases = x[0].new_empty((m, tiles, 4 * rank), **float32)
+    core_gradients[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), sums, tuple(grad_proj), biases, dialogues, tiles,
+                               scale, M=m, RING=ring, PATH=ring_path(ring, m), STRIDE=stride, **everyone)
+    results += grads[1]
+    values += biases.sum(1).unbind()
+    for j in range(m):
+        g_q = grad_proj[j][:, :4 * rank]
+        common.add_product(g_q, proj_weight[j].to(x[j].dtype), grad_x[j])
+        grad = grads[0][j]
+        if grad.dtype != torch.float32:
+            results.append(grad)
+            values.append(grad := grad.new_empty(grad.shape, **float32))
+        common.product(g_q.t(), x[j], grad)
+    torch._foreach_copy_(results, values)
+
+
+def padded(columns: int) -> int:
+    """Row length that suits the library's 16-bit products."""
+    return triton.cdiv(columns, 8) * 8
 
 
 def constants(dtype: torch.dtype, rank: int, rows: int, dialogues: int) -> dict:

@@ -58,6 +58,24 @@ RING = {
     "bfloat16-mixed": ("bfloat16", [40, 14], 6, [3, 0, 20, 1], dict(dropout=0.5, parameters="float32")),
     "float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(gated=True, parameters="float32")),
 }
+# Dense products through the library, as at many rows; in chunks of 64 rows where "chunks".
+LIBRARY_RING = {
+    "library-three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list")),
+    "library-one-modality": ("float32", [7], 1, [3, 4], dict()),
+    "library-two-widths": ("float32", [40, 7], 11, [17, 1, 0, 0, 30], dict(dropout=0.3)),
+    "library-four-modalities": ("float32", [14, 70, 14, 7], 6, [5, 2], dict(dropout=0.1)),
+    "library-chunks": ("float32", [70, 14, 70], 10, [60, 0, 70, 9], dict(gated=True, dropout=0.5, ring="list", chunks=True)),
+    "library-tf32": ("float32", [70, 70, 70], 10, [36, 3], dict(dropout=0.5, tf32=True)),
+    "library-parts": ("float32", [7, 7, 7], 3, [0, 150, 3], dict(dropout=0.5, parts=2, chunks=True)),
+    "library-no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
+    "library-no-dialogue-rows": ("float32", [7, 7], 17, [0, 2, 0], dict(gated=True)),
+    "library-rank-32": ("float32", [7, 7], 32, [3, 2], dict()),
+    "library-float16": ("float16", [40, 40, 40], 10, [3, 0, 20, 1], dict(gated=True, dropout=0.5, ring="list")),
+    "library-bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
+    "library-bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
+    "library-bfloat16-mixed": ("bfloat16", [40, 14, 40], 6, [64, 0, 20, 1], dict(gated=True, dropout=0.5, parameters="float32", chunks=True)),
+    "library-float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(parameters="float32")),
+}
 SLOW_RING = {
     "many-dialogues": ("float32", [7, 7], 3, [n % 3 for n in range(150)], dict(gated=True)),
     "long-dialogue": ("float32", [7, 7], 3, [10_000, 1], dict(dropout=0.5)),
@@ -72,6 +90,15 @@ MAPPING = {
     "mapping-float16": ("float16", [70, 9], 70, "sum", dict()),
     "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean", dict()),
     "mapping-bfloat16-mixed": ("bfloat16", [40, 9], 70, "mean", dict(parameters="float32")),
+}
+LIBRARY_MAPPING = {
+    "library-mapping": ("float32", [14, 14, 14], 31, "sum", dict()),
+    "library-mapping-two-widths": ("float32", [70, 9], 140, "mean", dict(chunks=True)),
+    "library-mapping-one-row": ("float32", [40], 1, "sum", dict()),
+    "library-mapping-tf32": ("float32", [70, 9], 70, "sum", dict(tf32=True)),
+    "library-mapping-float16": ("float16", [70, 9], 70, "sum", dict(chunks=True)),
+    "library-mapping-bfloat16": ("bfloat16", [40, 40], 133, "mean", dict()),
+    "library-mapping-bfloat16-mixed": ("bfloat16", [40, 9], 70, "mean", dict(parameters="float32", chunks=True)),
 }
 
 # name: (dtype, modalities, rows, width, classes, options), see fusion_case.
@@ -108,7 +135,7 @@ def guarded(shape, dtype: torch.dtype, fill) -> tuple[torch.Tensor, torch.Tensor
 def inside_nan(t: torch.Tensor) -> torch.Tensor:
     """A copy between margins of NaN, of huge offsets where integers are meant."""
     _, view = guarded(t.shape, t.dtype, float("nan") if t.is_floating_point() else 77 if t.dtype == torch.int8 else 2 ** 40)
-    return view.copy_(t)
+    return view.copy_(t.detach())
 
 
 def between(t: torch.Tensor, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
@@ -116,6 +143,22 @@ def between(t: torch.Tensor, dtype: torch.dtype, g: torch.Generator) -> torch.Te
     wide = t.to(dtype)
     moved = wide * (1 + 0.4 * EPS[t.dtype] * (torch.rand(t.shape, generator=g) - 0.5))
     return torch.where(moved.to(t.dtype) == t, moved, wide)
+
+
+@contextmanager
+def library(settings: dict):
+    """Dense products through the library, in chunks of 64 rows with "chunks", inside; both as at any size again afterwards."""
+    from ada2i_fast.kernels import common
+
+    usual = common.LIBRARY_ROWS, common.SCRATCH
+    if settings.get("library"):
+        common.LIBRARY_ROWS = dict.fromkeys(common.LIBRARY_ROWS, 1)
+    if settings.get("chunks"):
+        common.SCRATCH = 1
+    try:
+        yield
+    finally:
+        common.LIBRARY_ROWS, common.SCRATCH = usual
 
 
 @contextmanager
@@ -216,7 +259,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
     # TF32 has the mantissa of float16; only a GPU rounds to it.
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
-    with poisoned(overwritten):
+    with poisoned(overwritten), library(settings):
         result = tensor_ring.forward(given[0], offsets_in, *given[1:], flat, scale, beta, dropout, seed_in, gated, with_target)
         saved = result[(2 if with_target else 1) * m:]
         checks.true("the attention is returned once", with_target and not gated and
@@ -241,7 +284,10 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     from ada2i_fast.kernels import attention_mapping
     from ada2i_fast.ops.attention_mapping import attention_mapping_torch
 
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"
     dtype = getattr(torch, dtype)
+    # TF32 has the mantissa of float16; only a GPU rounds to it.
+    rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
     g = encoder_cases.generator().manual_seed(rows)
     shapes = [[(rows, d), (rows, d), (d, d), (d,)] for d in widths]
     tensors = [[torch.randn(shape[i], generator=g).to(dtype) for shape in shapes] for i in range(4)]
@@ -260,21 +306,22 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     x, target, weight, bias = given = [[inside_nan(t) for t in kind] for kind in tensors]
     if settings.get("parameters"):
         weight, bias = given[2:] = [[inside_nan(between(t, getattr(torch, settings["parameters"]), g)) for t in kind] for kind in tensors[2:]]
-    with poisoned(overwritten):
+    with poisoned(overwritten), library(settings):
         loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
         grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient)
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("loss is float32 and a scalar", loss.dtype == torch.float32 and loss.shape == ())
     checks.true("signs are int8", all(s.dtype == torch.int8 and s.shape == t.shape for s, t in zip(sign, x)))
-    checks.against("loss", loss, plain, exact, torch.float32)
+    checks.against("loss", loss, plain, exact, torch.float32 if rounded == dtype else rounded)
     names = [f"grad {kind} {j}" for kind in ("x", "target", "weight", "bias") for j in range(len(widths))]
     inputs = [t for kind in given for t in kind]
     for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
         checks.true(f"dtype of {name}", a.dtype == t.dtype)
-        checks.against(name, a, b, c, dtype)
+        checks.against(name, a, b, c, rounded)
     # The derivative of |0| is 0: equal target, so no gradient at all.
     zero = [torch.zeros_like(t) for t in tensors[0]]
-    loss, *sign = attention_mapping.forward(zero, zero, weight, [torch.zeros_like(t) for t in bias], coefficient)
+    with library(settings):
+        loss, *sign = attention_mapping.forward(zero, zero, weight, [torch.zeros_like(t) for t in bias], coefficient)
     checks.true("sign of 0", loss.item() == 0.0 and not any(s.any() for s in sign))
 
 
@@ -619,6 +666,10 @@ def cases(slow: bool) -> dict:
         found[name] = lambda checks, arguments=arguments: ring_case(checks, *arguments)
     for name, arguments in MAPPING.items():
         found[name] = lambda checks, arguments=arguments: mapping_case(checks, *arguments)
+    for case, table in ((ring_case, LIBRARY_RING), (mapping_case, LIBRARY_MAPPING)):
+        for name, (*arguments, settings) in table.items():
+            settings = settings | {"library": True}
+            found[name] = lambda checks, case=case, arguments=(*arguments, settings): case(checks, *arguments)
     found["fusion-zeros"] = fusion_zeros_case
     for name, arguments in FUSION.items():
         found[name] = lambda checks, arguments=arguments: fusion_case(checks, *arguments)
