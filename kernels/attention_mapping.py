@@ -148,8 +148,8 @@ def distance(mapped, target, bias, sign, losses, first, last, place, coefficient
 
     mapped: float32 [last - first, D]. losses: float32, one per program, from place on.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < (last - first).to(tl.int64) * D
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)     # a chunk's elements fit into 32 bits
+    inside = i < (last - first) * D
     kind = target.dtype.element_ty
     at = first.to(tl.int64) * D + i
     difference = tl.load(mapped + i, mask=inside, other=0.0) + rounded(tl.load(bias + i % D), kind).to(tl.float32)

@@ -15,7 +15,8 @@ Backward, three: g_C is a sum over a dialogue, the weight gradients are sums ove
 From `common.LIBRARY_ROWS` rows on dense products go through the library, and kernels do the rest, each reading an array once:
 
     project            as above; with "ieee" products the library makes q1 .. k2, and sum_cores the parts
-    contract_cores     A, w
+    average_cores      A
+    contract_cores     w
     outer_rows         F = [u_k w_o, 1, 0 ..]; library: att = F [W, c, 0 ..]^T, packed by pack_map
     gate_rows          gate, dropout
 
@@ -23,6 +24,7 @@ From `common.LIBRARY_ROWS` rows on dense products go through the library, and ke
     gate_gradients     g_att, the gate's share of g_x; library: S = g_att W
     outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F
     sum_cores          sum v g_w^T of each part of a dialogue
+    average_cores      g_A
     core_gradients     g_q1 .. g_k2 and partial g_p; library: g_x += g_q P, g_P = g_q^T x
 
 The map R^2 -> D is a product whose left factor u_k w_o is made in registers, KB values of k at a time. RP pads R for products
@@ -97,17 +99,6 @@ def contracted(averages, dialogue, j, RING: tl.constexpr, M: tl.constexpr, R: tl
     c = load_square(select(lookup(j, RING, M, M - 1, 0), averages, M) + at, R, RP)
     for p in tl.static_range(1, M - 1):
         a = load_square(select(lookup(j, RING, M, M - 1, p), averages, M) + at, R, RP)
-        c = tl.dot(c, a, input_precision=PRECISION)
-    return c
-
-
-@triton.jit
-def contracted_parts(partial, first_tile, parts, tiles, factor, j, RING: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
-                     RP: tl.constexpr, PRECISION: tl.constexpr):
-    """C_j of a dialogue from the parts of its sums, M > 1; factor: s / N_b."""
-    c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
-    for p in tl.static_range(1, M - 1):
-        a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
         c = tl.dot(c, a, input_precision=PRECISION)
     return c
 
@@ -280,7 +271,10 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
     inside = rows < end
     v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
     if M > 1:
-        c = contracted_parts(partial, first_tile, parts, tiles, factor, j, RING, M, R, RP, PRECISION)
+        c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
+        for p in tl.static_range(1, M - 1):
+            a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
+            c = tl.dot(c, a, input_precision=PRECISION)
         v = tl.dot(v, c, input_precision=PRECISION)
     w = narrow(scale * v, BLOCK_N, RP, RO)
 
@@ -565,14 +559,12 @@ def pack_map(weights, biases, packed, D: tl.constexpr, R: tl.constexpr, COLUMNS:
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
-def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.constexpr, RP: tl.constexpr, COUNT: tl.constexpr,
-              GROUP: tl.constexpr, MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-              BLOCK_N: tl.constexpr):
-    """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, COUNT). partial: float32 [M, tiles, R, R]."""
+def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
+              MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, M). partial: float32 [M, tiles, R, R]."""
     tile = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1)
-    proj = select(local, projections, COUNT)
-    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    j = tl.program_id(1)
+    proj = select(j, projections, M)
     _, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
     step = part_rows(end - start, BLOCK_N, MAX_PARTS)
     first = start + (tile - first_tile) * step
@@ -586,37 +578,45 @@ def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.co
         inside = rows < last
         v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
         if BACKWARD:
-            at = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + R + r[None, :]
+            at = select(j, vectors, M) + rows[:, None] * (3 * R) + R + r[None, :]
             g_w = tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0.0)
             sums = tl.dot(tl.trans(v), g_w, sums, input_precision=PRECISION)
         else:
             u = load_projection(proj, rows, inside, 0, R, RP) * load_projection(proj, rows, inside, 2, R, RP)
             sums = tl.dot(tl.trans(u), v, sums, input_precision=PRECISION)
-    store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
+    store_square(partial + (j.to(tl.int64) * tiles + tile) * (R * R), sums, R, RP)
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
-def contract_cores(projections, vectors, offsets, partial, averages, dialogues, tiles, scale, R: tl.constexpr, RP: tl.constexpr,
-                   M: tl.constexpr, RING: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, MAX_PARTS: tl.constexpr,
-                   BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors. Grid (tiles, COUNT).
+def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, scale, R: tl.constexpr, RP: tl.constexpr,
+                  M: tl.constexpr, PATH: tl.constexpr, MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_N: tl.constexpr):
+    """A of each dialogue; BACKWARD: s / N_b g_A, float32 [M, B, R, R], from the parts of g_C. Grid (dialogues, M)."""
+    dialogue = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    start = tl.load(offsets + dialogue)
+    length = tl.load(offsets + dialogue + 1) - start
+    first_tile = start // BLOCK_N + dialogue
+    if BACKWARD:
+        if length > 0:                  # nobody reads those of empty dialogues
+            g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j.to(tl.int64), PATH, M, R, RP,
+                               MAX_PARTS, PRECISION, BLOCK_N)
+            store_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), g_a, R, RP)
+    else:
+        step = part_rows(length, BLOCK_N, MAX_PARTS)
+        mean = sum_parts(partial, j.to(tl.int64) * tiles + first_tile, (length + step - 1) // step, R, RP)
+        mean *= scale / tl.maximum(length, 1).to(tl.float32)
+        store_square(select(j, averages, M) + dialogue * (R * R), mean, R, RP)
 
-    C from the parts, and A stored in averages, of the group; BACKWARD: C from averages, all M of them.
-    """
+
+@triton.jit(do_not_specialize=["dialogues"])
+def contract_cores(projections, vectors, offsets, averages, dialogues, scale, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
+                   RING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors. Grid (tiles, M)."""
+    j = tl.program_id(1)
+    proj = select(j, projections, M)
     tile = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1)
-    proj = select(local, projections, COUNT)
-    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
     dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
-    length = end - start
-    step = part_rows(length, BLOCK_N, MAX_PARTS)
-    parts = (length + step - 1) // step
-    factor = scale / tl.maximum(length, 1).to(tl.float32)
-    if not BACKWARD:
-        if tile == first_tile:
-            # Written for empty dialogues too: zero.
-            mean = factor * sum_parts(partial, j * tiles + first_tile, parts, R, RP)
-            store_square(select(local, averages, COUNT) + dialogue * (R * R), mean, R, RP)
     row = start + (tile - first_tile) * BLOCK_N
     if row >= end:
         return
@@ -624,13 +624,9 @@ def contract_cores(projections, vectors, offsets, partial, averages, dialogues, 
     inside = rows < end
     w = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
     if M > 1:
-        if BACKWARD:
-            c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
-        else:
-            c = contracted_parts(partial, first_tile, parts, tiles, factor, j, RING, M, R, RP, PRECISION)
-        w = tl.dot(w, c, input_precision=PRECISION)
+        w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, PRECISION), input_precision=PRECISION)
     r = tl.arange(0, RP)
-    at = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + 2 * R + r[None, :]
+    at = select(j, vectors, M) + rows[:, None] * (3 * R) + 2 * R + r[None, :]
     tl.store(at, scale * w, mask=inside[:, None] & (r < R)[None, :])
 
 
@@ -702,20 +698,18 @@ def store_part(value, PART: tl.constexpr, gradient, sums, rows, inside, R: tl.co
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
-def core_gradients(projections, vectors, offsets, averages, partial, gradients, sums, dialogues, tiles, scale, R: tl.constexpr,
-                   RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, PATH: tl.constexpr, COUNT: tl.constexpr,
-                   GROUP: tl.constexpr, STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+def core_gradients(projections, vectors, offsets, averages, grad_averages, gradients, sums, dialogues, tiles, R: tl.constexpr,
+                   RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_N: tl.constexpr):
-    """g_q1 .. g_k2 of one block of a dialogue's rows, and their sums over it. Grid (tiles, COUNT). averages: all M.
+    """g_q1 .. g_k2 of one block of a dialogue's rows, and their sums over it. Grid (tiles, M).
 
-    gradients: [N, STRIDE] in the dtype of x; sums: float32 [COUNT, tiles, 4 R].
+    grad_averages: of `average_cores`. gradients: [N, STRIDE] in the dtype of x; sums: float32 [M, tiles, 4 R].
     """
     tile = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1)
-    proj = select(local, projections, COUNT)
-    gradient = select(local, gradients, COUNT)
-    sums += (local.to(tl.int64) * tiles + tile) * (4 * R)
-    j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    j = tl.program_id(1)
+    proj = select(j, projections, M)
+    gradient = select(j, gradients, M)
+    sums += (j.to(tl.int64) * tiles + tile) * (4 * R)
     dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
     row = start + (tile - first_tile) * BLOCK_N
     r = tl.arange(0, RP)
@@ -729,15 +723,14 @@ def core_gradients(projections, vectors, offsets, averages, partial, gradients, 
     q2 = load_projection(proj, rows, inside, 1, R, RP)
     k1 = load_projection(proj, rows, inside, 2, R, RP)
     k2 = load_projection(proj, rows, inside, 3, R, RP)
-    at_row = select(local, vectors, COUNT) + rows[:, None] * (3 * R) + r[None, :]
+    at_row = select(j, vectors, M) + rows[:, None] * (3 * R) + r[None, :]
     mask_row = inside[:, None] & (r < R)[None, :]
     g_u = tl.load(at_row, mask=mask_row, other=0.0)
     g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
     if M > 1:
         c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
         g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
-        g_a = grad_average(partial, averages, dialogue, first_tile, end - start, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
-                           PRECISION, BLOCK_N)
+        g_a = load_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), R, RP)
         g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
         g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
     store_part(g_u * k1, 0, gradient, sums, rows, inside, R, RP, STRIDE)
@@ -829,18 +822,18 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
     """Fills proj, average, attention, target and out; sums: float32 [M, tiles, R, R]."""
     m, tiles, rank, _ = sums.shape
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
-    everyone = {"COUNT": m, "GROUP": tuple(range(m)), "BACKWARD": False,
-                **only(meta, "R RP MAX_PARTS PRECISION BLOCK_N num_warps enable_fp_fusion")}
+    small = only(meta, "R RP PRECISION BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4 if meta["PRECISION"] == "ieee" else 2}
+    parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": False}
     if meta["PRECISION"] == "ieee":         # on ordinary cores: there the library is several times as fast
         for x_j, weight, bias, to in zip(x, proj_weight, proj_bias, proj):
             torch.addmm(bias, x_j, weight.t(), out=to)
-        sum_cores[(tiles, m)](tuple(proj), tuple(proj), offsets, sums, dialogues, tiles, **everyone)
+        sum_cores[(tiles, m)](tuple(proj), tuple(proj), offsets, sums, dialogues, tiles, **parts, **small)
     else:
         for group in common.groups(t.shape[1] for t in x):
             project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
     vectors = [t.new_empty((rows, 3 * rank), dtype=torch.float32) for t in x]
-    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, tuple(average), dialogues, tiles, scale, M=m, RING=ring,
-                               **everyone)
+    average_cores[(dialogues, m)](sums, offsets, tuple(average), sums, dialogues, tiles, scale, PATH=(0,), **parts, **small)
+    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), dialogues, scale, RING=ring, **small)
     block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
     for j, packed in enumerate(packed_maps(x, map_weight, map_bias, rank)):
@@ -934,10 +927,10 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
     float32 = {"dtype": torch.float32}
     proj_weight, _, map_weight, map_bias = parameters
-    everyone = {"COUNT": m, "GROUP": tuple(range(m)), **only(meta, "R RP MAX_PARTS PRECISION BLOCK_N num_warps enable_fp_fusion")}
+    small = only(meta, "R RP PRECISION BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4 if meta["PRECISION"] == "ieee" else 2}
+    parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": True}
     vectors = [t.new_empty((rows, 3 * rank), **float32) for t in x]
-    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, tuple(average), dialogues, tiles, scale, M=m, RING=ring,
-                               BACKWARD=True, **everyone)
+    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), dialogues, scale, RING=ring, **small)
     block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
     results, values = [], []
@@ -964,13 +957,16 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         results += [grads[2][j], grads[3][j]]
         values += [total[:, :rank * rank], total[:, rank * rank]]
 
+    grad_average = x[0].new_empty((m, dialogues, rank, rank), **float32)
     if m > 1:
-        sum_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, dialogues, tiles, BACKWARD=True, **everyone)
+        sum_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, dialogues, tiles, **parts, **small)
+        average_cores[(dialogues, m)](sums, offsets, tuple(average), grad_average, dialogues, tiles, scale, PATH=ring_path(ring, m),
+                                      **parts, **small)
     stride = padded(4 * rank)
     grad_proj = [t.new_empty((rows, stride)) for t in x]
     biases = x[0].new_empty((m, tiles, 4 * rank), **float32)
-    core_gradients[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), sums, tuple(grad_proj), biases, dialogues, tiles,
-                               scale, M=m, RING=ring, PATH=ring_path(ring, m), STRIDE=stride, **everyone)
+    core_gradients[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), grad_average, tuple(grad_proj), biases, dialogues,
+                               tiles, RING=ring, STRIDE=stride, **small)
     results += grads[1]
     values += biases.sum(1).unbind()
     for j in range(m):

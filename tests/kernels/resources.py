@@ -57,16 +57,29 @@ def recorded() -> Iterator[list]:
         JITFunction.run = original
 
 
+@contextmanager
+def library(used: bool) -> Iterator[None]:
+    """Whether dense products go through the library inside, whatever the rows."""
+    from ada2i_fast.kernels import common
+
+    usual = common.LIBRARY_ROWS
+    common.LIBRARY_ROWS = dict.fromkeys(usual, 1 if used else 2 ** 31)
+    try:
+        yield
+    finally:
+        common.LIBRARY_ROWS = usual
+
+
 def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank: int, gated: bool,
           dropout: float = 0.5) -> tuple[list, list]:
-    """Launches of one AFW layer with its loss: (forward, backward)."""
+    """Launches of one AFW layer with its loss and float32 parameters: (forward, backward)."""
     from ada2i_fast.kernels import attention_mapping, tensor_ring
 
     m = len(widths)
     x = [torch.empty(rows, d, dtype=dtype) for d in widths]
-    weights = [[torch.empty(shape(d), dtype=dtype) for d in widths]
+    weights = [[torch.empty(shape(d)) for d in widths]
                for shape in (lambda d: (4 * rank, d), lambda d: (4 * rank,), lambda d: (d, rank * rank), lambda d: (d,))]
-    phi = [torch.empty(d, d, dtype=dtype) for d in widths], [torch.empty(d, dtype=dtype) for d in widths]
+    phi = [torch.empty(d, d) for d in widths], [torch.empty(d) for d in widths]
     offsets = torch.empty(dialogues + 1, dtype=torch.int64)
     ring = [(j + i) % m for j in range(m) for i in range(1, m)]
     seed = torch.empty(1, dtype=torch.int64)
@@ -158,6 +171,12 @@ def source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, d
     return ASTSource(kernel, signature, constants, attributes), kwargs
 
 
+def compilation(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[str, ...]:
+    """What makes two launches share one compiled kernel."""
+    what, options = source(kernel, args, kwargs)
+    return kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)
+
+
 def usage(kernel: JITFunction, args: tuple, kwargs: dict, capability: int) -> dict[str, int]:
     """Compile one launch: registers, stack and local bytes per thread, shared bytes per block."""
     what, options = source(kernel, args, kwargs)
@@ -178,13 +197,19 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
             launches = []
             if dataset in DATASETS:
                 count, dialogues, width, rank, gated = DATASETS[dataset]
-                launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated), [])
+                for used in (False, True):
+                    with library(used):
+                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated), [])
             launches += sum(encoder(DTYPES[dtype], *ENCODERS[dataset]), [])
             # After attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
             if dataset in DATASETS:
                 launches += sum(fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated), [])
             seen: dict[str, int] = {}
+            known = set()
             for kernel, _, args, kwargs in launches:
+                if (facts := compilation(kernel, args, kwargs)) in known:
+                    continue
+                known.add(facts)
                 name = kernel.__name__
                 seen[name] = seen.get(name, 0) + 1
                 name += f"_{seen[name]}" if seen[name] > 1 else ""

@@ -30,11 +30,7 @@ def names(launches) -> Counter:
 
 def compilations(launches) -> set[tuple]:
     """What Triton would compile for these launches, each once."""
-    found = set()
-    for kernel, _, args, kwargs in launches:
-        what, options = resources.source(kernel, args, kwargs)
-        found.add((kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)))
-    return found
+    return {resources.compilation(kernel, args, kwargs) for kernel, _, args, kwargs in launches}
 
 
 class Watch(TorchDispatchMode):
