@@ -181,7 +181,7 @@ def expand_signs(factor, sign, grad_target, signs, sums, first, last, D: tl.cons
 def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor],
             coefficient: Sequence[float]) -> list[Tensor]:
     """x, target: M [N, D_j]; weight [D_j, D_j], bias [D_j]; x and target of one dtype (float32, bfloat16, float16),
-    the parameters of that or of float32; M coefficients.
+    weight and bias both of that or of float32; M coefficients.
 
     Returns the loss, float32, 0-dimensional, and M signs int8 [N, D_j].
     """

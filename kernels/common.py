@@ -33,7 +33,7 @@ LIBRARY_ROWS = {"ieee": 4096, "tf32": 8192}
 SCRATCH = 2 ** 25
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
-TRUNCATES = tl.constexpr(INTERPRETED)       # float32 to bfloat16
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -52,11 +52,23 @@ def select(index, items, COUNT: tl.constexpr):
 @triton.jit
 def rounded(value, KIND: tl.constexpr):
     """value in the type KIND, to nearest: also under the interpreter, which truncates on the way to bfloat16."""
-    if TRUNCATES and KIND == tl.bfloat16 and value.dtype == tl.float32:
+    if _INTERPRETED and KIND == tl.bfloat16 and value.dtype == tl.float32:
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(KIND)
+
+
+@triton.jit
+def nearest(value, KIND: tl.constexpr):
+    """A computed factor of a "tf32" product beside 16-bit storage (KIND), to the nearest TF32 number: tensor cores truncate.
+
+    Truncation shrinks every factor, so sums do not average it out. The interpreter multiplies float32.
+    """
+    if KIND.primitive_bitwidth == 16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return value
 
 
 @triton.jit

@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import column_tile, keep, locate, lookup, part_rows, rounded, select
+from .common import column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
 
@@ -93,13 +93,13 @@ def sum_parts(partial, first, parts, R: tl.constexpr, RP: tl.constexpr):
 
 @triton.jit
 def contracted(averages, dialogue, j, RING: tl.constexpr, M: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-               PRECISION: tl.constexpr):
-    """C_j of a dialogue, M > 1."""
+               KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """C_j of a dialogue, M > 1; KIND: see `nearest`."""
     at = dialogue * (R * R)
     c = load_square(select(lookup(j, RING, M, M - 1, 0), averages, M) + at, R, RP)
     for p in tl.static_range(1, M - 1):
         a = load_square(select(lookup(j, RING, M, M - 1, p), averages, M) + at, R, RP)
-        c = tl.dot(c, a, input_precision=PRECISION)
+        c = tl.dot(nearest(c, KIND), nearest(a, KIND), input_precision=PRECISION)
     return c
 
 
@@ -230,7 +230,7 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
         tl.store(at_row + 3 * R, k2, mask=mask_row)
         # Rows past the part hold the biases' products: out of the sum with them.
         u = tl.where(inside[:, None], q1 * k1, 0.0)
-        sums = tl.dot(tl.trans(u), q2 * k2, sums, input_precision=PRECISION)
+        sums = tl.dot(tl.trans(nearest(u, kind)), nearest(q2 * k2, kind), sums, input_precision=PRECISION)
     store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
 
 
@@ -253,6 +253,7 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
     proj = select(local, projections, COUNT)
     weight = select(local, weights, COUNT)
     j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
+    kind = x.dtype.element_ty
 
     dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
     length = end - start
@@ -274,18 +275,17 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
         c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
         for p in tl.static_range(1, M - 1):
             a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
-            c = tl.dot(c, a, input_precision=PRECISION)
-        v = tl.dot(v, c, input_precision=PRECISION)
+            c = tl.dot(nearest(c, kind), nearest(a, kind), input_precision=PRECISION)
+        v = tl.dot(nearest(v, kind), nearest(c, kind), input_precision=PRECISION)
     w = narrow(scale * v, BLOCK_N, RP, RO)
 
     d = d0 + tl.arange(0, BLOCK_D)
-    kind = x.dtype.element_ty
     attention = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for k0 in range(0, R, KB):
         column, real = map_columns(k0, R, KB, RO)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
         block = tl.load(weight + d[None, :] * (R * R) + column[:, None], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        attention = tl.dot(factors, rounded(block, kind).to(tl.float32), attention, input_precision=PRECISION)
+        attention = tl.dot(nearest(factors, kind), rounded(block, kind).to(tl.float32), attention, input_precision=PRECISION)
     attention += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
 
     at = rows[:, None] * D + d[None, :]
@@ -330,7 +330,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
     r = tl.arange(0, RP)
     if M > 1:
-        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
+        c = nearest(contracted(averages, dialogue, j, RING, M, R, RP, kind, PRECISION), kind)
     grad_c = tl.zeros((RP, RP), tl.float32)
     for row in range(first, last, BLOCK_N):
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -348,6 +348,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
         v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
         if M > 1:
+            v = nearest(v, kind)
             w = narrow(scale * tl.dot(v, c, input_precision=PRECISION), BLOCK_N, RP, RO)
         else:
             w = narrow(scale * v, BLOCK_N, RP, RO)
@@ -372,6 +373,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
         tl.store(at_row + 2 * R + o[None, :], w, mask=inside[:, None] & (o < R)[None, :])
         g_v = scale * widen(g_w, BLOCK_N, RP, RO)
         if M > 1:
+            g_v = nearest(g_v, kind)
             grad_c = tl.dot(tl.trans(v), g_v, grad_c, input_precision=PRECISION)
             g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
         tl.store(at_row + R + r[None, :], g_v, mask=inside[:, None] & (r < R)[None, :])
@@ -381,7 +383,8 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
 @triton.jit
 def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH: tl.constexpr, M: tl.constexpr,
-                 R: tl.constexpr, RP: tl.constexpr, MAX_PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+                 R: tl.constexpr, RP: tl.constexpr, MAX_PARTS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_N: tl.constexpr):
     """s / N_b g_A of modality j: its share in the ring of each other modality, by the product rule.
 
     In C = A_1 .. A_p .. A_m the share of A_p is (A_1 .. A_{p-1})^T g_C (A_{p+1} .. A_m)^T; PATH (from `ring_path`) names the
@@ -394,7 +397,8 @@ def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, 
         g = sum_parts(partial, (j + 1 + i) % M * tiles + first_tile, parts, R, RP)
         for p in tl.static_range(M - 2):
             code = lookup(j, PATH, M, (M - 1) * (M - 2), i * (M - 2) + p)
-            a = tl.trans(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP))
+            a = tl.trans(nearest(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP), KIND))
+            g = nearest(g, KIND)
             if code % 2 == 0:
                 g = tl.dot(a, g, input_precision=PRECISION)
             else:
@@ -474,14 +478,14 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
             g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
             if M > 1:
                 length = end - start
-                g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
-                                   PRECISION, BLOCK_N)
-                g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
-                g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
-            g_q1 = g_u * k1
-            g_q2 = g_v * k2
-            g_k1 = g_u * q1
-            g_k2 = g_v * q2
+                g_a = nearest(grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
+                                           kind, PRECISION, BLOCK_N), kind)
+                g_u = tl.dot(nearest(q2 * k2, kind), tl.trans(g_a), g_u, input_precision=PRECISION)
+                g_v = tl.dot(nearest(q1 * k1, kind), g_a, g_v, input_precision=PRECISION)
+            g_q1 = nearest(g_u * k1, kind)
+            g_q2 = nearest(g_v * k2, kind)
+            g_k1 = nearest(g_u * q1, kind)
+            g_k2 = nearest(g_v * q2, kind)
 
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
@@ -532,6 +536,7 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
                         other=0.0).to(tl.float32)
         w = tl.load(vectors + rows[:, None] * (3 * R) + 2 * R + o[None, :], mask=inside[:, None] & (o < R)[None, :], other=0.0)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
+        factors = nearest(factors, grad_attention.dtype.element_ty)
         sums = tl.dot(tl.trans(g_att), factors, sums, input_precision=PRECISION)
         bias += tl.sum(g_att, axis=0)
     column, real = map_columns(k0, R, KB, RO)
@@ -540,7 +545,7 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
         tl.store(gradients + D * R * R + d, bias, mask=d < D)
 
 
-# ---- many rows: what is left beside products of the library
+# ---- many rows: what is left beside products of the library. Those over R are on the ordinary cores, in float32: they are small.
 
 
 @triton.jit
@@ -560,7 +565,7 @@ def pack_map(weights, biases, packed, D: tl.constexpr, R: tl.constexpr, COLUMNS:
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
 def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
-              MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+              MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, M). partial: float32 [M, tiles, R, R]."""
     tile = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
@@ -580,17 +585,16 @@ def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.co
         if BACKWARD:
             at = select(j, vectors, M) + rows[:, None] * (3 * R) + R + r[None, :]
             g_w = tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0.0)
-            sums = tl.dot(tl.trans(v), g_w, sums, input_precision=PRECISION)
+            sums = tl.dot(tl.trans(v), g_w, sums, input_precision="ieee")
         else:
             u = load_projection(proj, rows, inside, 0, R, RP) * load_projection(proj, rows, inside, 2, R, RP)
-            sums = tl.dot(tl.trans(u), v, sums, input_precision=PRECISION)
+            sums = tl.dot(tl.trans(u), v, sums, input_precision="ieee")
     store_square(partial + (j.to(tl.int64) * tiles + tile) * (R * R), sums, R, RP)
 
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
 def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, scale, R: tl.constexpr, RP: tl.constexpr,
-                  M: tl.constexpr, PATH: tl.constexpr, MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_N: tl.constexpr):
+                  M: tl.constexpr, PATH: tl.constexpr, MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
     """A of each dialogue; BACKWARD: s / N_b g_A, float32 [M, B, R, R], from the parts of g_C. Grid (dialogues, M)."""
     dialogue = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
@@ -600,7 +604,7 @@ def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, s
     if BACKWARD:
         if length > 0:                  # nobody reads those of empty dialogues
             g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j.to(tl.int64), PATH, M, R, RP,
-                               MAX_PARTS, PRECISION, BLOCK_N)
+                               MAX_PARTS, tl.float32, "ieee", BLOCK_N)
             store_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), g_a, R, RP)
     else:
         step = part_rows(length, BLOCK_N, MAX_PARTS)
@@ -611,7 +615,7 @@ def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, s
 
 @triton.jit(do_not_specialize=["dialogues"])
 def contract_cores(projections, vectors, offsets, averages, dialogues, scale, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
-                   RING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+                   RING: tl.constexpr, BLOCK_N: tl.constexpr):
     """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors. Grid (tiles, M)."""
     j = tl.program_id(1)
     proj = select(j, projections, M)
@@ -624,7 +628,7 @@ def contract_cores(projections, vectors, offsets, averages, dialogues, scale, R:
     inside = rows < end
     w = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
     if M > 1:
-        w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, PRECISION), input_precision=PRECISION)
+        w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee"), input_precision="ieee")
     r = tl.arange(0, RP)
     at = select(j, vectors, M) + rows[:, None] * (3 * R) + 2 * R + r[None, :]
     tl.store(at, scale * w, mask=inside[:, None] & (r < R)[None, :])
@@ -699,8 +703,7 @@ def store_part(value, PART: tl.constexpr, gradient, sums, rows, inside, R: tl.co
 
 @triton.jit(do_not_specialize=["dialogues", "tiles"])
 def core_gradients(projections, vectors, offsets, averages, grad_averages, gradients, sums, dialogues, tiles, R: tl.constexpr,
-                   RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
+                   RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
     """g_q1 .. g_k2 of one block of a dialogue's rows, and their sums over it. Grid (tiles, M).
 
     grad_averages: of `average_cores`. gradients: [N, STRIDE] in the dtype of x; sums: float32 [M, tiles, 4 R].
@@ -728,11 +731,11 @@ def core_gradients(projections, vectors, offsets, averages, grad_averages, gradi
     g_u = tl.load(at_row, mask=mask_row, other=0.0)
     g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
     if M > 1:
-        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
-        g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
+        c = contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee")
+        g_v = tl.dot(g_v, tl.trans(c), input_precision="ieee")
         g_a = load_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), R, RP)
-        g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision=PRECISION)
-        g_v = tl.dot(q1 * k1, g_a, g_v, input_precision=PRECISION)
+        g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision="ieee")
+        g_v = tl.dot(q1 * k1, g_a, g_v, input_precision="ieee")
     store_part(g_u * k1, 0, gradient, sums, rows, inside, R, RP, STRIDE)
     store_part(g_v * k2, 1, gradient, sums, rows, inside, R, RP, STRIDE)
     store_part(g_u * q1, 2, gradient, sums, rows, inside, R, RP, STRIDE)
@@ -747,9 +750,9 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
             dropout: float, seed: Tensor | None, gated_target: bool, with_target: bool) -> list[Tensor]:
     """One AFW layer, M modalities.
 
-    x: M [N, D_j]; offsets int64 [B + 1]; proj_weight [4 R, D_j], proj_bias [4 R]; map_weight [D_j, R R], map_bias [D_j]; x of
-    one dtype (float32, bfloat16, float16), the parameters of that or of float32; ring: M (M - 1) positions, row j the others in the order of contraction; seed: int64
-    [1], needed where dropout > 0.
+    x: M [N, D_j] of one dtype (float32, bfloat16, float16); offsets int64 [B + 1]; proj_weight [4 R, D_j], proj_bias [4 R],
+    map_weight [D_j, R R], map_bias [D_j], a kind of one dtype, that of x or float32; ring: M (M - 1) positions, row j the
+    others in the order of contraction; seed: int64 [1], needed where dropout > 0.
 
     Returns M out [N, D_j]; with_target: M targets; then M projections float32 [N, 4 R], M averages A float32 [B, R, R], M
     attentions [N, D_j] (the targets themselves where the target is the attention).
@@ -822,7 +825,7 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
     """Fills proj, average, attention, target and out; sums: float32 [M, tiles, R, R]."""
     m, tiles, rank, _ = sums.shape
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
-    small = only(meta, "R RP PRECISION BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4 if meta["PRECISION"] == "ieee" else 2}
+    small = only(meta, "R RP BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4}
     parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": False}
     if meta["PRECISION"] == "ieee":         # on ordinary cores: there the library is several times as fast
         for x_j, weight, bias, to in zip(x, proj_weight, proj_bias, proj):
@@ -927,7 +930,7 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
     float32 = {"dtype": torch.float32}
     proj_weight, _, map_weight, map_bias = parameters
-    small = only(meta, "R RP PRECISION BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4 if meta["PRECISION"] == "ieee" else 2}
+    small = only(meta, "R RP BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4}
     parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": True}
     vectors = [t.new_empty((rows, 3 * rank), **float32) for t in x]
     contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), dialogues, scale, RING=ring, **small)

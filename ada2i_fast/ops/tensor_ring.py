@@ -155,8 +155,8 @@ class _TensorRing(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph=True: the ops have no derivative, the algebra has all.
             result = gradients_through(lambda *t: sum(tensor_ring_torch(
-                t[:m], offsets, *([p.to(t[0].dtype) for p in t[i * m:(i + 1) * m]] for i in range(1, 5)), ring_rows(ring, m), scale, beta, dropout, seed, gated_target), []),
-                tensors[:5 * m], grads)
+                t[:m], offsets, *([p.to(t[0].dtype) for p in t[i * m:(i + 1) * m]] for i in range(1, 5)), ring_rows(ring, m), scale,
+                beta, dropout, seed, gated_target), []), tensors[:5 * m], grads)
         else:
             grad_out, grad_target = grads[:m], grads[m:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_out, x)]

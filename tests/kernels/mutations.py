@@ -18,6 +18,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 RING = ["one-modality-rank-1", "float16-rank-3", "three-modalities"]        # in this order, until one fails
 MAPPING = ["mapping-one-row", "mapping"]
+LIBRARY = ["library-one-modality", "library-three-modalities"]
 FUSED = ["fused-one-row", "fused-57"]
 ATTENTION = ["attention-head-1", "attention-short"]
 
@@ -28,10 +29,10 @@ MUTATIONS = [
     ("mask", "tensor_ring.py", "u = tl.where(inside[:, None], q1 * k1, 0.0)", "u = q1 * k1", ["three-modalities"]),
     ("index", "tensor_ring.py", "lookup(j, RING, M, M - 1, p) * tiles", "lookup(j, RING, M, M - 1, 0) * tiles", ["three-modalities"]),
     ("bound", "tensor_ring.py", "inside = rows < end\n    v =", "inside = rows <= end\n    v =", ["three-modalities"]),
-    ("scale", "tensor_ring.py", "kept, gated * keep_scale, 0.0", "kept, gated, 0.0", ["three-modalities"]),
-    ("sign", "tensor_ring.py", "                    g += t", "                    g -= t", ["three-modalities"]),
-    ("index", "tensor_ring.py", "g_q1 = g_u * k1", "g_q1 = g_u * q1", RING),
-    ("scale", "tensor_ring.py", "g_a = g_a * (scale / length", "g_a = g_a * (1.0 / length", ["float16-rank-3", "three-modalities"]),
+    ("scale", "tensor_ring.py", "BLOCK_D), gated * keep_scale, 0.0", "BLOCK_D), gated, 0.0", ["three-modalities"]),
+    ("sign", "tensor_ring.py", "            g += t", "            g -= t", ["three-modalities"]),
+    ("index", "tensor_ring.py", "g_q1 = nearest(g_u * k1, kind)", "g_q1 = nearest(g_u * q1, kind)", RING),
+    ("scale", "tensor_ring.py", "return total * (scale / length", "return total * (1.0 / length", ["float16-rank-3", "three-modalities"]),
     ("index", "tensor_ring.py", "if code % 2 == 0:", "if code % 2 == 1:", ["three-modalities"]),
     ("index", "tensor_ring.py", "return k * R + o, (k < R) & (o < R)", "return k * R + o, (k < R)", ["float16-rank-3"]),
     ("bound", "tensor_ring.py", "tl.minimum((split + 1) * per_split, rows_total), (role", "(split + 1) * per_split, (role", ["three-modalities"]),
@@ -47,6 +48,21 @@ MUTATIONS = [
     ("index", "attention_mapping.py", "program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)", "program = tl.program_id(0).to(tl.int64)", ["mapping"]),
     ("mask", "attention_mapping.py", "tl.where(mask, tl.abs(difference), 0.0)", "tl.abs(difference)", MAPPING),
     ("sign", "attention_mapping.py", "(difference > 0).to(tl.int8) - (difference < 0)", "(difference >= 0).to(tl.int8) - (difference < 0)", MAPPING),
+    # ---- products through the library
+    ("index", "tensor_ring.py", "tl.where(column == R * R, bias, value)", "tl.where(column == R * R, 0.0, value)", LIBRARY),
+    ("mask", "tensor_ring.py", "tl.where(pad == R * R, 1.0, 0.0)", "tl.where(pad >= R * R, 0.0, 1.0)", LIBRARY),
+    ("index", "tensor_ring.py", "rows = first.to(tl.int64) + local", "rows = local", ["library-parts"]),
+    ("scale", "tensor_ring.py", "scale * tl.sum(s * u", "tl.sum(s * u", LIBRARY),
+    ("index", "tensor_ring.py", "(rows - first)[:, None] * STRIDE", "rows[:, None] * STRIDE", ["library-parts"]),
+    ("sign", "tensor_ring.py", "mean *= scale", "mean *= -scale", ["library-three-modalities"]),
+    ("index", "tensor_ring.py", "store_part(g_v * k2, 1,", "store_part(g_v * q2, 1,", LIBRARY),
+    ("mask", "tensor_ring.py", "            tl.store(sums + part * R + r, tl.zeros((RP,), tl.float32), mask=r < R)\n", "            pass\n", ["library-three-modalities"]),
+    ("index", "tensor_ring.py", "tl.dot(g_v, tl.trans(c), input_precision=\"ieee\")", "tl.dot(g_v, c, input_precision=\"ieee\")", ["library-three-modalities"]),
+    ("index", "common.py", "else parts.sum(0)", "else parts[0]", ["library-parts"]),
+    ("index", "attention_mapping.py", "at = first.to(tl.int64) * D + i", "at = i", ["library-mapping-two-widths"]),
+    ("index", "attention_mapping.py", "losses + place + tl.program_id(0)", "losses + tl.program_id(0)", ["library-mapping"]),
+    ("sign", "attention_mapping.py", "(-tl.load(factor) * s)", "(tl.load(factor) * s)", ["library-mapping-one-row"]),
+    ("index", "attention_mapping.py", "sums + block * D + d", "sums + d", ["library-mapping-two-widths"]),
     # ---- cosine_fusion
     ("sign", "cosine_fusion.py", "u -= along[:, None]", "u += along[:, None]", ["fusion-published"]),
     ("scale", "cosine_fusion.py", "cosine *= (scale * inverse(norm))[:, None]", "cosine *= inverse(norm)[:, None]", ["fusion-published"]),

@@ -73,7 +73,8 @@ LIBRARY_RING = {
     "library-float16": ("float16", [40, 40, 40], 10, [3, 0, 20, 1], dict(gated=True, dropout=0.5, ring="list")),
     "library-bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
     "library-bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
-    "library-bfloat16-mixed": ("bfloat16", [40, 14, 40], 6, [64, 0, 20, 1], dict(gated=True, dropout=0.5, parameters="float32", chunks=True)),
+    "library-bfloat16-mixed": ("bfloat16", [40, 14, 40], 6, [64, 0, 20, 1],
+                               dict(gated=True, dropout=0.5, parameters="float32", chunks=True)),
     "library-float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(parameters="float32")),
 }
 SLOW_RING = {
@@ -305,7 +306,8 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     overwritten: list = []
     x, target, weight, bias = given = [[inside_nan(t) for t in kind] for kind in tensors]
     if settings.get("parameters"):
-        weight, bias = given[2:] = [[inside_nan(between(t, getattr(torch, settings["parameters"]), g)) for t in kind] for kind in tensors[2:]]
+        wide = getattr(torch, settings["parameters"])
+        weight, bias = given[2:] = [[inside_nan(between(t, wide, g)) for t in kind] for kind in tensors[2:]]
     with poisoned(overwritten), library(settings):
         loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
         grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient)
