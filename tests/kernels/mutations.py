@@ -43,7 +43,7 @@ MUTATIONS = [
     ("bound", "common.py", "(column < BOUNDS[kind + 1])", "(column <= BOUNDS[kind + 1])", RING),
     ("index", "common.py", "        at += GROUP * LENGTH", "        at += LENGTH", ["three-modalities", "mapping-float16"]),
     ("sign", "attention_mapping.py", "(-factor * own)", "(factor * own)", MAPPING),
-    ("bound", "attention_mapping.py", "    inside = rows < rows_total\n\n    mapped", "    inside = rows <= rows_total\n\n    mapped", MAPPING),
+    ("bound", "attention_mapping.py", "    inside = rows < rows_total\n    kind", "    inside = rows <= rows_total\n    kind", MAPPING),
     ("scale", "attention_mapping.py", "losses + program, coefficient * distance", "losses + program, distance", MAPPING),
     ("index", "attention_mapping.py", "program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)", "program = tl.program_id(0).to(tl.int64)", ["mapping"]),
     ("mask", "attention_mapping.py", "tl.where(mask, tl.abs(difference), 0.0)", "tl.abs(difference)", MAPPING),

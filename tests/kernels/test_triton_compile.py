@@ -13,11 +13,17 @@ import resources
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ada2i_fast.kernels import dialogue_attention
+from ada2i_fast.kernels import common, dialogue_attention
 
 # What runs for one AFW layer with its loss when all modalities have one width.
 FORWARD = Counter(project=1, contract=1, map_forward=1)
 BACKWARD = Counter(map_backward=1, backward_rows=1, backward_weights=1, reduce_splits=2)
+
+# The same with dense products through the library, three modalities, the rows in one chunk. "ieee": see `forward_through_library`.
+LIBRARY_FORWARD = Counter(project=1, average_cores=1, contract_cores=1, pack_map=1, outer_rows=3, gate_rows=3, distance=3)
+LIBRARY_FORWARD_IEEE = LIBRARY_FORWARD + Counter(sum_cores=1) - Counter(project=1)
+LIBRARY_BACKWARD = Counter(contract_cores=1, pack_map=1, gate_gradients=3, outer_rows=3, sum_cores=1, average_cores=1, core_gradients=1,
+                           expand_signs=3)
 
 # Attention, dropout + residual + LayerNorm and bias + ReLU + dropout of an encoder layer, each once.
 ENCODER_FORWARD = Counter(attend=1, norm_rows=1, relu_rows=1)
@@ -56,6 +62,30 @@ def test_launches_per_distinct_width():
     assert names(forward) == FORWARD + FORWARD and names(backward) == BACKWARD + BACKWARD
 
 
+def test_launches_through_the_library():
+    with resources.library(True):
+        forward, backward = resources.layer(torch.bfloat16, 500, 10, [300] * 3, 11, gated=True)
+        assert names(forward) == LIBRARY_FORWARD and names(backward) == LIBRARY_BACKWARD
+        forward, backward = resources.layer(torch.float32, 500, 10, [30, 20, 30], 5, gated=True)
+        assert names(forward) == LIBRARY_FORWARD_IEEE + Counter(pack_map=1)
+        assert names(backward) == LIBRARY_BACKWARD + Counter(pack_map=1)
+        assert resources.layer(torch.float32, 0, 10, [300] * 3, 11, gated=True) == ([], [])
+
+
+def test_many_rows_go_through_the_library():
+    few = common.LIBRARY_ROWS["ieee"] - 1
+    assert "outer_rows" not in names(resources.layer(torch.float32, few, 90, [8], 2, gated=True)[0])
+    assert "outer_rows" in names(resources.layer(torch.float32, few + 1, 90, [8], 2, gated=True)[0])
+
+
+def test_chunks_of_rows(monkeypatch):
+    assert common.chunks(50_000, 600) == [(0, 50_000)]
+    assert common.chunks(50_000, 1200) == [(0, 25_024), (25_024, 50_000)]
+    assert common.chunks(1, 4) == [(0, 1)]
+    monkeypatch.setattr(common, "SCRATCH", 1)
+    assert common.chunks(130, 4) == [(0, 64), (64, 128), (128, 130)]
+
+
 @pytest.mark.parametrize("rows,dialogues,width,heads", [(500, 10, 1024, 8), (10_000, 1, 57, 1), (3, 3, 6144, 1)])
 def test_launches_of_an_encoder(rows, dialogues, width, heads):
     forward, backward = resources.encoder(torch.float32, rows, dialogues, width, heads, 2048)
@@ -71,7 +101,11 @@ def test_no_launch_for_an_empty_batch():
 
 def test_grids_stay_in_bounds():
     for rows, dialogues in ((100_000, 1), (100_000, 100_000), (7, 7)):
-        for launches in (*resources.layer(torch.bfloat16, rows, dialogues, [500] * 3, 32, gated=False),
+        with resources.library(False):
+            layer = resources.layer(torch.bfloat16, rows, dialogues, [500] * 3, 32, gated=False)
+        with resources.library(rows > 7):
+            narrow = resources.layer(torch.bfloat16, rows, dialogues, [16] * 3, 32, gated=False)
+        for launches in (*layer, *narrow,
                          *resources.encoder(torch.float32, rows, dialogues, 6144, 1, 6144)):
             for _, grid, *_ in launches:
                 assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
@@ -84,6 +118,12 @@ def test_batches_do_not_recompile():
         for launches in resources.layer(torch.float32, rows, dialogues, [300] * 3, 11, gated=True):
             seen |= compilations(launches)
     assert len(seen) == 8       # seven kernels, reduce_splits for two ops
+    seen = set()
+    for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
+        with resources.library(True):
+            for launches in resources.layer(torch.float32, rows, dialogues, [300] * 3, 11, gated=True):
+                seen |= compilations(launches)
+    assert len(seen) == 13      # ten kernels, three of them in both directions
     seen = set()
     for rows, dialogues in ((480, 16), (481, 10), (1_000, 1), (33, 1)):
         for launches in resources.encoder(torch.float32, rows, dialogues, 300, 5, 2048):
@@ -100,6 +140,11 @@ def test_no_synchronisation_and_no_copies():
         resources.layer(torch.float32, 500, 10, [300] * 3, 11, gated=True)
     assert encoder.seen <= {"empty", "empty_like", "new_empty"}, encoder.seen
     assert layer.seen <= {"empty", "empty_like", "new_empty", "slice", "sum"}, layer.seen
+    with resources.library(True), Watch() as layer:
+        resources.layer(torch.bfloat16, 500, 10, [300] * 3, 11, gated=True)
+    # On a GPU a product is mm or addmm alone; here operands are widened first.
+    assert layer.seen <= {"empty", "empty_like", "new_empty", "slice", "sum", "select", "unbind", "t", "mul", "_foreach_copy_",
+                          "_to_copy", "mm", "addmm", "add", "copy_"}, layer.seen
 
 
 # ---- cosine_fusion
