@@ -118,6 +118,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def tf32() -> bool:
+    """Whether float32 products on CUDA may run in TF32, as torch's own may; whichever of its settings says so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def eager(tensors: Sequence[Tensor]) -> bool:
     """Whether these are plain tensors that nobody traces, compiles or transforms, so that calls past torch's dispatcher are right."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and \

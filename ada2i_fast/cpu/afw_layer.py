@@ -54,11 +54,11 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
 
 
 def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
-             state: Tensor, ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None, gated_target: bool,
+             state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None, gated_target: bool,
              coefficient: Sequence[float]) -> list[Tensor | None]:
     """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss."""
     grad_out, x, parameters = contiguous(grad_out, x, parameters)
-    count, rank, offsets = len(x), parameters[4 * len(x)].numel(), offsets.contiguous()
+    count, rank, offsets, (state,) = len(x), parameters[4 * len(x)].numel(), offsets.contiguous(), state
     places = [state.data_ptr() + place for place in _state_places(x, offsets.numel() - 1, rank)[:-1]]
     wanted = parameters if grad_loss is not None else parameters[:10 * count]
     sizes = [t.numel() for t in wanted]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Sequence
 
@@ -85,30 +84,28 @@ def dtype_code(dtype: torch.dtype) -> int:
     """The number of an element type in the C interface; float32 products run in TF32 where torch's own may."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype}: the CUDA kernels take float32, bfloat16 and float16")
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and backends.tf32():
         return TF32
     return DTYPES[dtype]
 
 
-def fill(args: ctypes.Structure, **fields: Sequence[Tensor]) -> None:
-    """Writes tensors' addresses into arrays of pointers."""
+def fill(args: ctypes.Structure, **fields: Sequence[Tensor | int]) -> None:
+    """Writes tensors' addresses, or addresses, into arrays of pointers."""
     for name, tensors in fields.items():
-        array = getattr(args, name)
-        for j, tensor in enumerate(tensors):
-            array[j] = tensor.data_ptr()
+        getattr(args, name)[:len(tensors)] = [t if type(t) is int else t.data_ptr() for t in tensors]
 
 
-def prepare(name: str, tensors: Sequence[Tensor], like: Tensor, shapes: Sequence[Sequence[int]],
+def prepare(name: str, tensors: Sequence[Tensor], like: Tensor, shapes: list[Sequence[int]],
             dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The tensors made contiguous. ValueError unless they have these shapes: the kernels trust them."""
-    dtype = dtype or like.dtype
-    if len(tensors) != len(shapes):
-        raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
-    for tensor, shape in zip(tensors, shapes):
-        if tensor.shape != torch.Size(shape) or tensor.dtype != dtype or tensor.device != like.device:
-            raise ValueError(f"{name}: expected {dtype} {list(shape)} on {like.device}, got {tensor.dtype} "
-                             f"{list(tensor.shape)} on {tensor.device}")
-    return [tensor.contiguous() for tensor in tensors]
+    """The tensors made contiguous. ValueError unless they have these shapes, tuples all: the kernels trust them."""
+    dtype, device = dtype or like.dtype, like.device
+    if [t.shape for t in tensors] != shapes or any([t.dtype != dtype or t.device != device for t in tensors]):
+        if len(tensors) != len(shapes):
+            raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
+        for t, shape in zip(tensors, shapes):
+            if t.shape != shape or t.dtype != dtype or t.device != device:
+                raise ValueError(f"{name}: expected {dtype} {list(shape)} on {device}, got {t.dtype} {list(t.shape)} on {t.device}")
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def call(name: str, args: ctypes.Structure, like: Tensor) -> None:
@@ -116,15 +113,19 @@ def call(name: str, args: ctypes.Structure, like: Tensor) -> None:
 
     The memory behind `args` may be released right after: torch's allocator gives it away again in stream order.
     """
-    handle = library()
-    address, size = ctypes.addressof(args), ctypes.sizeof(args)
-    bytes_needed = getattr(handle, f"ada2i_cuda_{name}_scratch")(address, size)
+    handle, name = library(), f"ada2i_cuda_{name}"
+    address, size, index = ctypes.addressof(args), ctypes.sizeof(args), like.get_device()
+    bytes_needed = getattr(handle, f"{name}_scratch")(address, size)
     if bytes_needed < 0:
-        raise ValueError(f"{name}: arguments out of the kernels' range")
-    scratch = torch.empty(bytes_needed, dtype=torch.uint8, device=like.device)
+        raise ValueError(f"{name.removeprefix('ada2i_cuda_')}: arguments out of the kernels' range")
+    scratch = like.new_empty(bytes_needed, dtype=torch.uint8)
     args.scratch = scratch.data_ptr()
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
-        error = getattr(handle, f"ada2i_cuda_{name}")(address, size, stream)
+    if index < 0:
+        error = getattr(handle, name)(address, size, None)
+    elif index == torch.cuda.current_device():
+        error = getattr(handle, name)(address, size, torch._C._cuda_getCurrentRawStream(index))
+    else:
+        with torch.cuda.device(index):
+            error = getattr(handle, name)(address, size, torch._C._cuda_getCurrentRawStream(index))
     if error:
-        raise RuntimeError(f"{name}: {handle.ada2i_cuda_error_string(error).decode()}")
+        raise RuntimeError(f"{name.removeprefix('ada2i_cuda_')}: {handle.ada2i_cuda_error_string(error).decode()}")

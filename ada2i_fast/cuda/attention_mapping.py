@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Sequence
 
 import torch
@@ -29,17 +30,30 @@ def why_not(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int)
     return limits(len(widths))
 
 
+@functools.lru_cache(maxsize=256)
+def _settings(dtype: int, widths: tuple[int, ...], rows: int, coefficient: tuple[float, ...]) -> bytes:
+    """The arguments that calls for as many rows share."""
+    args = _Arguments(dtype=dtype, count=len(widths), rows=rows)
+    args.width[:len(widths)], args.coefficient[:len(widths)] = widths, coefficient
+    return bytes(args)
+
+
+def arguments(x: Sequence[Tensor], coefficient: Sequence[float]) -> _Arguments:
+    """All but tensors."""
+    if reason := limits(len(x)):
+        raise ValueError(reason)
+    if len(coefficient) != len(x):
+        raise ValueError(f"coefficient: expected {len(x)} numbers, got {len(coefficient)}")
+    widths = tuple([t.shape[1] for t in x])
+    return _Arguments.from_buffer_copy(_settings(dtype_code(x[0].dtype), widths, x[0].shape[0], tuple(coefficient)))
+
+
 def _arguments(x: Sequence[Tensor], weight: Sequence[Tensor],
                coefficient: Sequence[float]) -> tuple[_Arguments, list[Tensor]]:
     """What both directions share, and the tensors that must outlive the call."""
-    if reason := limits(len(x)):
-        raise ValueError(reason)
-    widths, rows = [t.shape[1] for t in x], x[0].shape[0]
+    args, widths, rows = arguments(x, coefficient), [t.shape[1] for t in x], x[0].shape[0]
     inputs = {"x": prepare("x", x, x[0], [(rows, d) for d in widths]),
               "weight": prepare("weight", weight, x[0], [(d, d) for d in widths])}
-    args = _Arguments(dtype=dtype_code(x[0].dtype), count=len(x), rows=rows)
-    for j, (width, c) in enumerate(zip(widths, coefficient, strict=True)):
-        args.width[j], args.coefficient[j] = width, c
     fill(args, **inputs)
     return args, [t for tensors in inputs.values() for t in tensors]
 

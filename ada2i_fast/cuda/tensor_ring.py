@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Sequence
 
 import torch
@@ -35,38 +36,55 @@ def why_not(device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int)
     return limits(len(widths), rank)
 
 
-def _arguments(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
-               map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
-               dropout: float, seed: Tensor | None, gated_target: bool) -> tuple[_Arguments, list[Tensor]]:
-    """What both directions share, and the tensors that must outlive the call."""
-    count, rows, rank, like = len(x), x[0].shape[0], proj_bias[0].shape[0] // 4, x[0]
+@functools.lru_cache(maxsize=64)
+def _settings(dtype: int, widths: tuple[int, ...], rank: int, ring: tuple[int, ...], scale: float, beta: float, dropout: float,
+              gated_target: bool) -> bytes:
+    """The arguments that batches share; ValueError for what the kernels cannot take."""
+    count = len(widths)
     if reason := limits(count, rank):
         raise ValueError(reason)
     if len(ring) != count * (count - 1):
         raise ValueError(f"ring: expected {count * (count - 1)} modalities, got {len(ring)}")
+    args = _Arguments(dtype=dtype, count=count, rank=rank, gated_target=gated_target, scale=scale, beta=beta, keep_scale=1.0)
+    if dropout > 0.0:
+        args.threshold, args.keep_scale = threshold(dropout), 1.0 / (1.0 - dropout)
+    args.width[:count] = widths
+    for j in range(count):
+        args.ring[j][:count - 1] = ring[j * (count - 1):(j + 1) * (count - 1)]
+    return bytes(args)
+
+
+def arguments(x: Sequence[Tensor], offsets: Tensor, rank: int, ring: Sequence[int], scale: float, beta: float, dropout: float,
+              seed: Tensor | None, gated_target: bool) -> tuple[_Arguments, list[Tensor]]:
+    """All but parameters and results, and the tensors that must outlive the call: x, contiguous, and offsets."""
+    like, widths = x[0], tuple([t.shape[1] for t in x])
+    args = _Arguments.from_buffer_copy(_settings(dtype_code(like.dtype), widths, rank, tuple(ring), scale, beta, dropout, gated_target))
     if dropout > 0.0 and seed is None:
         raise ValueError("dropout needs a seed: int64 [1] on the device of x")
-    widths = [t.shape[1] for t in x]
+    rows = like.shape[0]
+    alive = prepare("x", x, like, [(rows, d) for d in widths])
+    offsets, = prepare("offsets", [offsets], like, [(offsets.numel(),)], torch.int64)
+    args.rows, args.dialogues, args.offsets = rows, offsets.numel() - 1, offsets.data_ptr()
+    if dropout > 0.0:
+        prepare("seed", [seed.reshape(1)], like, [(1,)], torch.int64)
+        args.seed = seed.data_ptr()
+    fill(args, x=alive)
+    return args, [*alive, offsets]
+
+
+def _arguments(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
+               map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], *settings) -> tuple[_Arguments, list[Tensor]]:
+    """What both directions share, and the tensors that must outlive the call."""
+    rank, like, widths = proj_bias[0].shape[0] // 4, x[0], [t.shape[1] for t in x]
+    args, alive = arguments(x, offsets, rank, *settings)
     inputs = {
-        "x": prepare("x", x, like, [(rows, d) for d in widths]),
         "proj_weight": prepare("proj_weight", proj_weight, like, [(4 * rank, d) for d in widths]),
-        "proj_bias": prepare("proj_bias", proj_bias, like, [(4 * rank,)] * count),
+        "proj_bias": prepare("proj_bias", proj_bias, like, [(4 * rank,)] * len(x)),
         "map_weight": prepare("map_weight", map_weight, like, [(d, rank * rank) for d in widths]),
         "map_bias": prepare("map_bias", map_bias, like, [(d,) for d in widths]),
     }
-    offsets, = prepare("offsets", [offsets], like, [(offsets.numel(),)], torch.int64)
-    alive = [offsets, *(t for tensors in inputs.values() for t in tensors)]
-    args = _Arguments(dtype=dtype_code(like.dtype), count=count, rank=rank, gated_target=gated_target, rows=rows,
-                      dialogues=offsets.numel() - 1, scale=scale, beta=beta, keep_scale=1.0, offsets=offsets.data_ptr())
-    if dropout > 0.0:
-        prepare("seed", [seed.reshape(1)], like, [(1,)], torch.int64)
-        args.seed, args.threshold, args.keep_scale = seed.data_ptr(), threshold(dropout), 1.0 / (1.0 - dropout)
-    for j in range(count):
-        args.width[j] = widths[j]
-        for l in range(count - 1):
-            args.ring[j][l] = ring[j * (count - 1) + l]
     fill(args, **inputs)
-    return args, alive
+    return args, [*alive, *(t for tensors in inputs.values() for t in tensors)]
 
 
 def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
@@ -76,11 +94,12 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
     float32 [B, R, R], M attentions (the very targets, where the target is the attention)."""
     args, alive = _arguments(x, offsets, proj_weight, proj_bias, map_weight, map_bias, ring, scale, beta, dropout, seed,
                              gated_target)
+    rows, dialogues, rank = args.rows, args.dialogues, args.rank
     out = [t.new_empty(t.shape) for t in x]
     attention = [t.new_empty(t.shape) for t in x]
     gated = [t.new_empty(t.shape) for t in x] if with_target and gated_target else []
-    proj = [t.new_empty((args.rows, 4 * args.rank)) for t in x]
-    average = [t.new_empty((args.dialogues, args.rank, args.rank), dtype=torch.float32) for t in x]
+    proj = [t.new_empty((rows, 4 * rank)) for t in x]
+    average = [t.new_empty((dialogues, rank, rank), dtype=torch.float32) for t in x]
     fill(args, out=out, attention=attention, target=gated, proj=proj, average=average)
     call("tensor_ring_forward", args, x[0])
     del alive

@@ -1,8 +1,9 @@
 """One layer of AFW, its loss included (eqs. 4 to 7 and 12): `tensor_ring`, and `attention_mapping` of its target.
 
-On a CPU both are one node of the graph and one pass over the rows. Beside two nodes that saves what Python and autograd cost between
-them, which at ten short dialogues is as much as the arithmetic; stacking the projections and taking the stacks' gradients apart; the target
-and its gradient, of which only signs are left; and adding two gradients of x, whose packed rows both sums of products share:
+Both are one node of the graph. Beside two nodes that saves what Python, the dispatcher and autograd cost between them, which on a GPU, and
+at ten short dialogues on a CPU too, takes longer than the arithmetic; most of stacking the projections and of taking the stacks' gradients
+apart; and of adding two gradients of x. On a CPU it is one pass over the rows, which saves the target and its gradient, too, of which only
+signs are left, and whose packed rows both sums of products share:
 
     g_target = -c S g_L,    g_x = (tensor_ring's) + c g_L S Phi,    g_Phi = c g_L S^T x,    g_phi = c g_L sum_n S
 """
@@ -50,38 +51,40 @@ def _kinds(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 class _AFWLayer(torch.autograd.Function):
-    """On a CPU. Calls the library without a registered op between: compiled code takes the two ops."""
+    """Calls a backend's layer without a registered op between: compiled code takes the two ops."""
 
     @staticmethod
-    def forward(ctx, settings, offsets, *tensors):
+    def forward(ctx, served, settings, offsets, *tensors):
         m = len(tensors) // 13
-        parameters = _fitting(tensors)
-        *result, state = backends.module("afw_layer", "cpu").forward(tensors[:m], offsets, parameters, *settings)
+        parameters = _fitting(served, tensors)
+        result = backends.module("afw_layer", served).forward(tensors[:m], offsets, parameters, *settings)
+        cast = () if parameters[0] is tensors[m] else parameters
         ctx.set_materialize_grads(False)
-        ctx.settings = settings
-        ctx.save_for_backward(offsets, state, *tensors, *(() if parameters[0] is tensors[m] else parameters))
-        return tuple(result)
+        ctx.served, ctx.settings, ctx.kept = served, settings, (13 * m, len(cast))
+        ctx.save_for_backward(offsets, *tensors, *cast, *result[m + 1:])
+        return tuple(result[:m + 1])
 
     @staticmethod
     def backward(ctx, *grads):
-        offsets, state, *tensors = ctx.saved_tensors
-        m = len(grads) - 1
-        inputs, parameters = tensors[:13 * m], tensors[-12 * m:]
+        offsets, *tensors = ctx.saved_tensors
+        m, (own, cast) = len(grads) - 1, ctx.kept
+        inputs = tensors[:own]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
             result = gradients_through(lambda *t: _in_torch(t, offsets, *ctx.settings), inputs, grads)
         else:
-            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs[:m])]
-            result = backends.module("afw_layer", "cpu").backward(grad_out, grads[m], inputs[:m], offsets, parameters, state, *ctx.settings)
-        return None, None, *result
+            x, parameters, state = inputs[:m], tensors[own:own + cast] or inputs[m:], tensors[own + cast:]
+            grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
+            result = backends.module("afw_layer", ctx.served).backward(grad_out, grads[m], x, offsets, parameters, state, *ctx.settings)
+        return None, None, None, *result
 
 
-def _fitting(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The parameters as the library takes them: as they are where that is possible, else in the dtype of x."""
+def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The parameters as the backend takes them: as they are where that is possible, else in the dtype of x, cast all at once."""
     m = len(tensors) // 13
-    x, parameters = tensors[:m], tensors[m:]
-    if backends.module("afw_layer", "cpu").fits(x[0].dtype, parameters):
+    dtype, parameters = tensors[0].dtype, tensors[m:]
+    if backends.module("afw_layer", served).fits(dtype, parameters):
         return parameters
-    return [t.to(x[0].dtype, copy=True) for t in parameters]
+    return torch._C._nn.unflatten_dense_tensors(torch._C._nn.flatten_dense_tensors(parameters).to(dtype), parameters)
 
 
 def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> list[Tensor]:
@@ -101,13 +104,14 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
 
     x: M tensors [N, D_j].  proj_weight, proj_bias: 4M tensors [R, D_j] and [R], the projections q1, q2, k1, k2 of modality 0, then of
     1, and so on.  map_weight [D_j, R * R], map_bias [D_j].  phi_weight [D_j, D_j], phi_bias [D_j]: the map of the loss.
-    Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding: on a CPU
-    float32 parameters of x in 16 bits are rounded no more than the product needs, and their gradients not at all.
+    Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding: where a backend
+    takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
+    not at all.
     """
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if served != "cpu" or rows is not None or (graph and not with_loss) or not backends.eager(tensors):
+    if served == "torch" or rows is not None or (graph and not with_loss) or not backends.eager(tensors):
         weight, bias = stacked(proj_weight, proj_bias)
         out, target = tensor_ring(x, offsets, weight, bias, map_weight, map_bias, ring=ring, scale=scale, beta=beta, dropout=dropout,
                                   seed=seed, gated_target=gated_target, with_target=with_loss, backend=backend)
@@ -117,11 +121,11 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     if dropout == 0.0:
         seed = None
     elif seed is None:
-        seed = torch.randint(2 ** 63 - 1, (1,))
+        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
                 coefficients(x, reduction) if with_loss else None)
     if graph:
-        *out, loss = _AFWLayer.apply(settings, offsets, *tensors)
+        *out, loss = _AFWLayer.apply(served, settings, offsets, *tensors)
         return out, loss
-    result = backends.module("afw_layer", "cpu").forward(x, offsets, _fitting(tensors), *settings)
+    result = backends.module("afw_layer", served).forward(x, offsets, _fitting(served, tensors), *settings)
     return result[:m], result[m] if with_loss else None
