@@ -18,7 +18,7 @@ op without `backend`; `ring` comes flattened. They return flat lists:
     cosine_fusion.backward      gradients of hidden, M of them, of weight and, with one, of bias
 
 `dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update, on CUDA
-settings, on the CPU modulate), and on the CPU alone `linear` and `afw_layer`, are called as their op files say.
+settings, on the CPU modulate), `afw_layer` (both of the above in one call), and on the CPU alone `linear`, are called as their op files say.
 
 The target may be the attention itself, where that is what the loss compares with. Without `with_target`, the last argument of
 tensor_ring.forward, nobody reads anything but the outputs, and a backend may return them alone. A module may have `why_not(device, dtype, widths,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Sequence
+import math
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +25,38 @@ def fits(dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:
     return True
 
 
+class _Layout(NamedTuple):
+    """Of the 12M parameters and their gradients, one after the other. starts, in elements: of each kind, per modality."""
+
+    shapes: list[tuple[int, ...]]
+    starts: list[list[int]]
+    phi: int
+    end: int
+
+
 @functools.lru_cache(maxsize=64)
-def _layout(widths: tuple[int, ...], rank: int) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Shapes of the 12M parameters, and where each begins, in elements, when they lie one after the other; and where the last one ends."""
-    shapes = [*((rank, d) for d in widths for _ in range(4)), *[(rank,)] * (4 * len(widths)), *((d, rank * rank) for d in widths),
+def _layout(widths: tuple[int, ...], rank: int) -> _Layout:
+    m = len(widths)
+    shapes = [*((rank, d) for d in widths for _ in range(4)), *[(rank,)] * (4 * m), *((d, rank * rank) for d in widths),
               *((d,) for d in widths), *((d, d) for d in widths), *((d,) for d in widths)]
-    return shapes, [0, *itertools.accumulate([torch.Size(shape).numel() for shape in shapes])]
+    *starts, end = itertools.accumulate([math.prod(shape) for shape in shapes], initial=0)
+    # The four projections of a modality are one stack.
+    first = [*starts[:8 * m:4], *starts[8 * m:]]
+    return _Layout(shapes, [first[i * m:(i + 1) * m] for i in range(6)], starts[10 * m], end)
 
 
-def _checked(parameters: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]]) -> None:
+@functools.lru_cache(maxsize=256)
+def _places(rows: int, dialogues: int, widths: tuple[int, ...], rank: int, size: int) -> tuple[list[list[int]], int, list[int], int]:
+    """Bytes at which the state holds each modality's projections, averages, attentions and signs, and its length; elements at which a
+    tensor holds gradients like x, and its length. Aligned as torch aligns tensors."""
+    m, elements = len(widths), [rows * d for d in widths]
+    sizes = [*[4 * rank * rows * size] * m, *[4 * dialogues * rank * rank] * m, *[n * size for n in elements], *elements]
+    *state, state_end = itertools.accumulate([(n + 511) // 512 * 512 for n in sizes], initial=0)
+    *like_x, like_x_end = itertools.accumulate([(n + 255) // 256 * 256 for n in elements], initial=0)
+    return [state[i * m:(i + 1) * m] for i in range(4)], state_end, like_x, like_x_end
+
+
+def _check(parameters: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]]) -> None:
     """ValueError, with the argument's name, unless parameters have these shapes."""
     device = like.device
     if [t.shape for t in parameters] == shapes and all([t.device == device for t in parameters]):
@@ -45,68 +69,44 @@ def _checked(parameters: Sequence[Tensor], like: Tensor, shapes: list[tuple[int,
             raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(t.shape)} on {t.device}")
 
 
-def _one_dtype(parameters: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    return all([t.dtype == dtype for t in parameters])
-
-
-def _addresses(parameters: Sequence[Tensor], flat: Tensor, starts: Sequence[int], alive: list) -> list[int]:
-    """Of the 12M parameters: in flat, but in their own tensors where flat holds the projections alone."""
-    base, size, m = flat.data_ptr(), flat.element_size(), len(parameters) // 12
-    if flat.numel() == starts[-1]:
-        return [base + start * size for start in starts[:-1]]
-    own = [t if t.is_contiguous() else t.contiguous() for t in parameters[8 * m:]]
-    alive += own
-    return [*[base + start * size for start in starts[:8 * m]], *[t.data_ptr() for t in own]]
-
-
-def _places(sizes: Sequence[int]) -> list[int]:
-    """Where pieces of so many bytes begin, aligned as torch aligns tensors, and where the last one ends."""
-    return [0, *itertools.accumulate([(n + 511) // 512 * 512 for n in sizes])]
-
-
-def _state_places(x: Sequence[Tensor], dialogues: int, rank: int) -> list[int]:
-    """Where in the state each modality's projections, averages, attentions and signs begin, kind by kind, and where it ends; in bytes."""
-    m, rows, size, elements = len(x), x[0].shape[0], x[0].element_size(), [t.numel() for t in x]
-    return _places([*[4 * rank * rows * size] * m, *[4 * dialogues * rank * rank] * m, *[n * size for n in elements], *elements])
+def _at(t: Tensor, starts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Addresses inside a tensor."""
+    base = t.data_ptr()
+    return [[base + start * size for start in kind] for kind in starts]
 
 
 def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float,
             seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`."""
     m, rank, first = len(x), parameters[4 * len(x)].shape[0], x[0]
-    args, alive = tensor_ring.arguments(x, offsets, rank, ring, scale, beta, dropout, seed, gated_target and coefficient is not None)
-    x = alive[:m]
-    shapes, starts = _layout(tuple([t.shape[1] for t in x]), rank)
-    _checked(parameters, first, shapes)
-    flat = torch._C._nn.flatten_dense_tensors(parameters[:8 * m] if _one_dtype(parameters, first.dtype) else parameters).to(first.dtype)
-    given = _addresses(parameters, flat, starts, alive)
-    out = [torch.empty_like(t) for t in x]
-    *places, end = _state_places(x, args.dialogues, rank)
-    state = first.new_empty(end, dtype=torch.uint8)
-    proj, average, attention, sign = _kinds(state, places)
-    fill(args, proj_weight=given[:4 * m:4], proj_bias=given[4 * m:8 * m:4], map_weight=given[8 * m:9 * m], map_bias=given[9 * m:10 * m],
-         proj=proj, average=average, attention=attention, out=out)
-    if coefficient is None:
-        call("tensor_ring_forward", args, first)
-        return out
-    target = attention
-    if gated_target:
-        target = [torch.empty_like(t) for t in x]
-        fill(args, target=target)
-    loss = first.new_empty((), dtype=torch.float32)
-    mapping = attention_mapping.arguments(x, coefficient)
-    fill(mapping, x=x, target=target, weight=given[10 * m:11 * m], bias=given[11 * m:], sign=sign)
-    mapping.loss = loss.data_ptr()
+    widths, dtype = tuple([t.shape[1] for t in x]), first.dtype
+    gated = gated_target and coefficient is not None
+    args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated)
+    x, size = alive[:m], first.element_size()
+    layout = _layout(widths, rank)
+    _check(parameters, first, layout.shapes)
+    if all([t.dtype == dtype for t in parameters]):
+        flat = torch._C._nn.flatten_dense_tensors(parameters[:8 * m])
+        own = [t if t.is_contiguous() else t.contiguous() for t in parameters[8 * m:]]
+        given = [*_at(flat, layout.starts[:2], size), *[own[i * m:(i + 1) * m] for i in range(4)]]
+    else:
+        flat = torch._C._nn.flatten_dense_tensors(parameters).to(dtype)
+        given = _at(flat, layout.starts, size)
+    places, end, _, _ = _places(first.shape[0], args.dialogues, widths, rank, size)
+    out, state = [torch.empty_like(t) for t in x], first.new_empty(end, dtype=torch.uint8)
+    proj, average, attention, sign = _at(state, places, 1)
+    target = [torch.empty_like(t) for t in x] if gated else attention
+    fill(args, proj_weight=given[0], proj_bias=given[1], map_weight=given[2], map_bias=given[3], proj=proj, average=average,
+         attention=attention, out=out, target=target if gated else [])
     call("tensor_ring_forward", args, first)
+    if coefficient is None:
+        return out
+    loss = first.new_empty((), dtype=torch.float32)
+    mapping = attention_mapping.arguments(args.dtype, widths, first.shape[0], coefficient)
+    fill(mapping, x=x, target=target, weight=given[4], bias=given[5], sign=sign)
+    mapping.loss = loss.data_ptr()
     call("attention_mapping_forward", mapping, first)
     return [*out, loss, flat, state]
-
-
-def _kinds(state: Tensor, places: Sequence[int]) -> list[list[int]]:
-    """Addresses, kind by kind."""
-    base, m = state.data_ptr(), len(places) // 4
-    addresses = [base + place for place in places]
-    return [addresses[i * m:(i + 1) * m] for i in range(4)]
 
 
 def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
@@ -114,39 +114,41 @@ def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[T
              coefficient: Sequence[float]) -> list[Tensor | None]:
     """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: what `forward` returned last."""
     m, rank, first, (flat, state) = len(x), parameters[4 * len(x)].shape[0], x[0], state
-    args, alive = tensor_ring.arguments(x, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
-    x, size = alive[:m], first.element_size()
-    shapes, starts = _layout(tuple([t.shape[1] for t in x]), rank)
-    _checked(parameters, first, shapes)
-    given = _addresses(parameters, flat, starts, alive)
-    grad_out = prepare("grad_out", grad_out, first, [t.shape for t in x])
-    *places, end = _state_places(x, args.dialogues, rank)
-    if state.numel() != end:
-        raise ValueError(f"state: expected {end} bytes, got {state.numel()}")
-    proj, average, attention, sign = _kinds(state, places)
+    widths, rows, size = tuple([t.shape[1] for t in x]), first.shape[0], first.element_size()
+    args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
+    x, layout = alive[:m], _layout(widths, rank)
+    places, end, like_x, like_x_end = _places(rows, args.dialogues, widths, rank, size)
+    if flat.numel() == layout.end:
+        given = _at(flat, layout.starts, size)
+        map_weight, phi_weight = given[2], given[4]
+    else:
+        map_weight = prepare("map_weight", parameters[8 * m:9 * m], first, layout.shapes[8 * m:9 * m])
+        phi_weight = prepare("phi_weight", parameters[10 * m:11 * m], first, layout.shapes[10 * m:11 * m])
+    grad_out = prepare("grad_out", grad_out, first, [(rows, d) for d in widths])
+    proj, average, attention, sign = _at(state, places, 1)
 
-    wanted = parameters if grad_loss is not None else parameters[:10 * m]
-    grads = first.new_empty(starts[len(wanted)])
-    to = [grads.data_ptr() + start * size for start in starts]
-    *rows, end = [place // size for place in _places([t.numel() * size for t in x])]
-    grad_x = first.new_empty(end)
-    fill(args, proj_weight=given[:4 * m:4], map_weight=given[8 * m:9 * m], proj=proj, average=average, attention=attention,
-         grad_out=grad_out, grad_x=[grad_x.data_ptr() + row * size for row in rows], grad_proj_weight=to[:4 * m:4],
-         grad_proj_bias=to[4 * m:8 * m:4], grad_map_weight=to[8 * m:9 * m], grad_map_bias=to[9 * m:10 * m])
-    if grad_loss is not None:
+    grads = first.new_empty(layout.end if grad_loss is not None else layout.phi)
+    to = _at(grads, layout.starts, size)
+    grad_x = first.new_empty(like_x_end)
+    fill(args, proj_weight=_at(flat, layout.starts[:1], size)[0], map_weight=map_weight, proj=proj, average=average, attention=attention,
+         grad_out=grad_out, grad_x=_at(grad_x, [like_x], size)[0], grad_proj_weight=to[0], grad_proj_bias=to[1], grad_map_weight=to[2],
+         grad_map_bias=to[3])
+    if grad_loss is None:
+        call("tensor_ring_backward", args, first)
+    else:
         grad_loss, = prepare("grad_loss", [grad_loss], first, [()], torch.float32)
-        grad_target, also_x = first.new_empty(end), first.new_empty(end)
-        targets = [grad_target.data_ptr() + row * size for row in rows]
-        mapping = attention_mapping.arguments(x, coefficient)
-        fill(mapping, x=x, weight=given[10 * m:11 * m], sign=sign, grad_x=[also_x.data_ptr() + row * size for row in rows],
-             grad_target=targets, grad_weight=to[10 * m:11 * m], grad_bias=to[11 * m:12 * m])
+        also_x, grad_target = first.new_empty(like_x_end), first.new_empty(like_x_end)
+        target = _at(grad_target, [like_x], size)[0]
+        mapping = attention_mapping.arguments(args.dtype, widths, rows, coefficient)
+        fill(mapping, x=x, weight=phi_weight, sign=sign, grad_x=_at(also_x, [like_x], size)[0], grad_target=target, grad_weight=to[4],
+             grad_bias=to[5])
         mapping.grad_loss = grad_loss.data_ptr()
         call("attention_mapping_backward", mapping, first)
-        fill(args, grad_target=targets)
-    call("tensor_ring_backward", args, first)
-    if grad_loss is not None:
+        fill(args, grad_target=target)
+        call("tensor_ring_backward", args, first)
         grad_x.add_(also_x)
-    dtype = parameters[0].dtype
-    found = torch._C._nn.unflatten_dense_tensors(grads if grads.dtype == dtype else grads.to(dtype), wanted)
-    return [*[grad_x.as_strided(t.shape, (t.shape[1], 1), row) for t, row in zip(x, rows)],
-            *[g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(found, wanted)], *[None] * (len(parameters) - len(wanted))]
+    if parameters[0].dtype != first.dtype:
+        grads = grads.to(parameters[0].dtype)
+    wanted = parameters if grad_loss is not None else parameters[:10 * m]
+    return [*[grad_x.as_strided((rows, d), (d, 1), place) for d, place in zip(widths, like_x)],
+            *torch._C._nn.unflatten_dense_tensors(grads, wanted), *[None] * (len(parameters) - len(wanted))]

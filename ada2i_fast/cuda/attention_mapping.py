@@ -38,20 +38,20 @@ def _settings(dtype: int, widths: tuple[int, ...], rows: int, coefficient: tuple
     return bytes(args)
 
 
-def arguments(x: Sequence[Tensor], coefficient: Sequence[float]) -> _Arguments:
-    """All but tensors."""
-    if reason := limits(len(x)):
+def arguments(dtype: int, widths: tuple[int, ...], rows: int, coefficient: Sequence[float]) -> _Arguments:
+    """All but tensors. dtype: a `dtype_code`."""
+    if reason := limits(len(widths)):
         raise ValueError(reason)
-    if len(coefficient) != len(x):
-        raise ValueError(f"coefficient: expected {len(x)} numbers, got {len(coefficient)}")
-    widths = tuple([t.shape[1] for t in x])
-    return _Arguments.from_buffer_copy(_settings(dtype_code(x[0].dtype), widths, x[0].shape[0], tuple(coefficient)))
+    if len(coefficient) != len(widths):
+        raise ValueError(f"coefficient: expected {len(widths)} numbers, got {len(coefficient)}")
+    return _Arguments.from_buffer_copy(_settings(dtype, widths, rows, tuple(coefficient)))
 
 
 def _arguments(x: Sequence[Tensor], weight: Sequence[Tensor],
                coefficient: Sequence[float]) -> tuple[_Arguments, list[Tensor]]:
     """What both directions share, and the tensors that must outlive the call."""
-    args, widths, rows = arguments(x, coefficient), [t.shape[1] for t in x], x[0].shape[0]
+    widths, rows = tuple([t.shape[1] for t in x]), x[0].shape[0]
+    args = arguments(dtype_code(x[0].dtype), widths, rows, coefficient)
     inputs = {"x": prepare("x", x, x[0], [(rows, d) for d in widths]),
               "weight": prepare("weight", weight, x[0], [(d, d) for d in widths])}
     fill(args, **inputs)

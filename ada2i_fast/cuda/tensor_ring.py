@@ -54,29 +54,28 @@ def _settings(dtype: int, widths: tuple[int, ...], rank: int, ring: tuple[int, .
     return bytes(args)
 
 
-def arguments(x: Sequence[Tensor], offsets: Tensor, rank: int, ring: Sequence[int], scale: float, beta: float, dropout: float,
-              seed: Tensor | None, gated_target: bool) -> tuple[_Arguments, list[Tensor]]:
+def arguments(x: Sequence[Tensor], widths: tuple[int, ...], offsets: Tensor, rank: int, ring: Sequence[int], scale: float, beta: float,
+              dropout: float, seed: Tensor | None, gated_target: bool) -> tuple[_Arguments, list[Tensor]]:
     """All but parameters and results, and the tensors that must outlive the call: x, contiguous, and offsets."""
-    like, widths = x[0], tuple([t.shape[1] for t in x])
+    like, rows = x[0], x[0].shape[0]
     args = _Arguments.from_buffer_copy(_settings(dtype_code(like.dtype), widths, rank, tuple(ring), scale, beta, dropout, gated_target))
-    if dropout > 0.0 and seed is None:
-        raise ValueError("dropout needs a seed: int64 [1] on the device of x")
-    rows = like.shape[0]
     alive = prepare("x", x, like, [(rows, d) for d in widths])
-    offsets, = prepare("offsets", [offsets], like, [(offsets.numel(),)], torch.int64)
-    args.rows, args.dialogues, args.offsets = rows, offsets.numel() - 1, offsets.data_ptr()
+    alive += prepare("offsets", [offsets], like, [(offsets.numel(),)], torch.int64)
+    args.rows, args.dialogues, args.offsets = rows, offsets.numel() - 1, alive[-1].data_ptr()
     if dropout > 0.0:
-        prepare("seed", [seed.reshape(1)], like, [(1,)], torch.int64)
+        if seed is None or seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != like.device:
+            got = "none" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed: dropout needs int64 [1] on {like.device}, got {got}")
         args.seed = seed.data_ptr()
-    fill(args, x=alive)
-    return args, [*alive, offsets]
+    fill(args, x=alive[:-1])
+    return args, alive
 
 
 def _arguments(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
                map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], *settings) -> tuple[_Arguments, list[Tensor]]:
     """What both directions share, and the tensors that must outlive the call."""
-    rank, like, widths = proj_bias[0].shape[0] // 4, x[0], [t.shape[1] for t in x]
-    args, alive = arguments(x, offsets, rank, *settings)
+    rank, like, widths = proj_bias[0].shape[0] // 4, x[0], tuple([t.shape[1] for t in x])
+    args, alive = arguments(x, widths, offsets, rank, *settings)
     inputs = {
         "proj_weight": prepare("proj_weight", proj_weight, like, [(4 * rank, d) for d in widths]),
         "proj_bias": prepare("proj_bias", proj_bias, like, [(4 * rank,)] * len(x)),
