@@ -1,18 +1,32 @@
-"""afw_layer, tensor_ring and attention_mapping as one node: against float64, the two ops, and what an op of torch has to obey."""
+"""afw_layer, tensor_ring and attention_mapping as one node: against float64, the two ops, and what an op of torch has to obey.
+
+On the CPU's library; the CUDA kernels on the shim; Triton's in its interpreter, which has a process of its own: as a script with
+TRITON_INTERPRET=1 this is that process. tests/ops/test_cuda.py has both on a GPU.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 
-from ada2i_fast import cpu
-from ada2i_fast.ops import afw_layer, attention_mapping, tensor_ring
-from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring
-from ada2i_fast.reference.attention_mapping import AttentionMapping
-from ada2i_fast.reference.tensor_ring import TensorRing
-from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, named, offsets,
-                       poisoned)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
+
+import cuda_cases  # noqa: E402
+import shim_build  # noqa: E402
+
+from ada2i_fast import backends, cpu  # noqa: E402
+from ada2i_fast.ops import afw_layer, attention_mapping, tensor_ring  # noqa: E402
+from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring  # noqa: E402
+from ada2i_fast.reference.attention_mapping import AttentionMapping  # noqa: E402
+from ada2i_fast.reference.tensor_ring import TensorRing  # noqa: E402
+from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, named,  # noqa: E402
+                       offsets, poisoned)
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -29,15 +43,21 @@ def with_options(case: Case, **changes) -> Case:
     return Case(**{**case.__dict__, **changes})
 
 
-def call(case: Case, at, backend="cpu", **options):
+def options(case: Case, device: torch.device) -> dict:
+    return {**case.options, "seed": case.options["seed"].to(device) if case.dropout else None}
+
+
+def call(case: Case, at, backend="cpu", **changes):
     """at: tensors by name, the projections stacked as tensor_ring has them."""
     weights, biases = ([part for t in at[name] for part in t.chunk(4)] for name in ("proj_weight", "proj_bias"))
-    return afw_layer(at["x"], offsets(case), weights, biases, at["map_weight"], at["map_bias"], at["phi"], at["phi_bias"],
-                     reduction=case.reduction, backend=backend, **{**case.options, **options})
+    device = at["x"][0].device
+    return afw_layer(at["x"], offsets(case).to(device), weights, biases, at["map_weight"], at["map_bias"], at["phi"], at["phi_bias"],
+                     reduction=case.reduction, backend=backend, **{**options(case, device), **changes})
 
 
 def two_ops(case: Case, at, backend="cpu"):
-    out, target = tensor_ring(at["x"], offsets(case), *(at[n] for n in PARAMETERS[1:]), backend=backend, **case.options)
+    device = at["x"][0].device
+    out, target = tensor_ring(at["x"], offsets(case).to(device), *(at[n] for n in PARAMETERS[1:]), backend=backend, **options(case, device))
     return out, attention_mapping(at["x"], target, at["phi"], at["phi_bias"], reduction=case.reduction, backend=backend)
 
 
@@ -296,3 +316,129 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="rank 33"):
         call(big, inputs(big))
     assert torch.isfinite(call(big, inputs(big), "auto")[1])
+
+
+# ---- the layers of other devices
+
+
+DEVICE_CASES = [SMALL, with_options(SMALL, gated_target=True, reduction="mean"), Case(lengths=(3, 0, 33), widths=(8,), rank=3, dropout=0.5, seed=4),
+                Case(lengths=(9, 2), widths=(4, 12, 8, 4), rank=4, gated_target=True, seed=5), Case(lengths=(0, 0), widths=(5, 3), rank=3)]
+
+
+def float32_parameters(drawn):
+    return {n: [t if n in ("x", "grad_out") else t.float() for t in ts] for n, ts in drawn.items()}
+
+
+def assert_is_the_two_ops(case: Case, drawn, backend: str, **tolerance) -> None:
+    """To the last bit, for the kernels and their order are the same; with a tolerance, within that."""
+    one, two = run(case, drawn, backend), run(case, drawn, backend, call=two_ops)
+    for name, expected in two.items():
+        assert one[name].dtype == expected.dtype and one[name].shape == expected.shape, name
+        if tolerance:
+            torch.testing.assert_close(one[name], expected, msg=name, **tolerance)
+        else:
+            assert torch.equal(one[name], expected), name
+    with torch.no_grad():
+        (out, loss), (without, none) = call(case, drawn, backend), call(case, drawn, backend, with_loss=False)
+    assert none is None and torch.equal(loss, one["loss"])
+    assert all(torch.equal(out[j], one[f"out[{j}]"]) and torch.equal(without[j], out[j]) for j in range(len(out)))
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """backend="cuda" on CPU tensors, the threads of a block in any order."""
+    if shim_build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda op, x, backend="auto", rank=1: backend if backend == "cuda" else
+                        choose(op, x, backend, rank))
+    with cuda_cases.shim(shim_build.compile_library()) as order:
+        order("shuffled", seed=3)
+        yield
+
+
+@pytest.mark.parametrize("case", DEVICE_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cuda_layer_is_the_two_ops(cuda_kernels, case, dtype):
+    drawn = inputs(case, dtype)
+    with cuda_cases.kernels("float32"):                         # fresh memory holds NaN
+        assert_is_the_two_ops(case, drawn, "cuda")
+        if dtype != torch.float32:
+            assert_is_the_two_ops(case, float32_parameters(drawn), "cuda")
+
+
+def test_cuda_layer_against_float64(cuda_kernels):
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn = decided(SMALL, dtype)
+        assert_close(run(SMALL, drawn, "cuda"), run(SMALL, drawn, "torch"), run(SMALL, drawn, "torch", torch.float64), dtype)
+
+
+def test_cuda_layer_stays_within_its_arrays(cuda_kernels):
+    """Misaligned inputs, and strided ones, inside buffers of NaN: the same bits."""
+    for case in DEVICE_CASES[:4]:
+        drawn = inputs(case, torch.float32)
+        expected = run(case, drawn, "cuda")
+        strided = {n: [t.t().contiguous().t() if t.dim() == 2 else t for t in drawn[n]] for n in (*NAMES, "grad_out")}
+        inside = {n: [guarded(t)[0] for t in drawn[n]] for n in (*NAMES, "grad_out")}
+        for changed in (strided, inside):
+            for name, value in run(case, changed, "cuda").items():
+                assert torch.equal(value, expected[name]), name
+
+
+def test_cuda_layer_gradients(cuda_kernels):
+    """The loss alone, an output alone, and those of gradients."""
+    drawn = decided(SMALL, torch.float32)
+    for pick in (lambda out, loss: [loss], lambda out, loss: out[1:2]):
+        results = []
+        for backend, layer in (("cuda", call), ("cuda", two_ops)):
+            at = leaves(drawn, NAMES)
+            results.append(torch.autograd.grad([t.sum() for t in pick(*layer(SMALL, at, backend))], [t for n in NAMES for t in at[n]],
+                                               allow_unused=True))
+        for a, e in zip(*results):
+            assert (a is None or not a.any()) if e is None else torch.equal(a, e)
+    results = []
+    for backend, dtype in (("cuda", torch.float32), ("torch", torch.float64)):
+        at = leaves(drawn, NAMES, dtype)
+        flat = [t for n in NAMES for t in at[n]]
+        out, loss = call(SMALL, at, backend)
+        first = torch.autograd.grad(sum(t.sin().sum() for t in out) + loss, flat, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), flat))
+    for a, e in zip(*results):
+        torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
+
+
+def test_cuda_layer_refusals(cuda_kernels):
+    drawn = inputs(SMALL, torch.float32)
+    for name, place, wrong, words in (("map_bias", 1, torch.zeros(34), r"map_bias\[1\]: expected \[33\].*got \[34\]"),
+                                      ("phi", 2, torch.zeros(7, 8), r"phi_weight\[2\]: expected \[7, 7\]"),
+                                      ("proj_weight", 0, torch.zeros(20, 17), r"proj_weight\[0\]: expected \[5, 18\]"),
+                                      ("x", 1, torch.zeros(18, 33), r"x: expected torch.float32 \[19, 33\]")):
+        with pytest.raises(ValueError, match=words):
+            call(SMALL, {**drawn, name: [wrong if j == place else t for j, t in enumerate(drawn[name])]}, "cuda")
+    for seed in (torch.tensor([1], dtype=torch.int32), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="seed: "):
+            call(SMALL, drawn, "cuda", seed=seed)
+    with pytest.raises(ValueError, match="ring: expected 6 modalities, got 2"):
+        call(SMALL, drawn, "cuda", ring=[[1], [0]])
+
+
+def test_triton_layer_is_the_two_ops():
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for case in DEVICE_CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            drawn = inputs(case, dtype)
+            assert_is_the_two_ops(case, drawn, "triton")
+            if dtype != torch.float32:
+                exact = run(case, decided(case, dtype), "torch", torch.float64)
+                mixed = float32_parameters(decided(case, dtype))
+                assert_close(run(case, mixed, "triton"), run(case, decided(case, dtype), "torch"), exact, dtype)
+
+
+if __name__ == "__main__":
+    main()
