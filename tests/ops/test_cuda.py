@@ -11,12 +11,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
 
 import cuda_cases as cases  # noqa: E402
+import test_afw_layer as layer  # noqa: E402
 
 from ada2i_fast import Ada2I, BalancedAdam, cuda  # noqa: E402
 from ada2i_fast.cuda import attention_mapping, balanced_adam, tensor_ring  # noqa: E402
+from ada2i_fast.ops import afw_layer  # noqa: E402
 from model_cases import small_config  # noqa: E402
 
 pytestmark = [pytest.mark.gpu]
+DEVICE = "cuda"
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,6 +131,133 @@ def test_launches():
     assert launches(lambda: attention_mapping.forward(*loss_inputs)) == 2
     assert launches(lambda: attention_mapping.backward(mapping["grad_loss"], mapping["x"], sign, mapping["weight"],
                                                        mapping["coefficient"])) == 2
+
+
+# ---- a layer as one node
+
+
+def on_device(drawn: dict) -> dict:
+    return {name: [t.to(DEVICE) for t in tensors] for name, tensors in drawn.items()}
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*layer.DEVICE_CASES, layer.IEMOCAP])
+def test_layer_is_the_two_ops(case, dtype, backend):
+    """The CUDA kernels to the last bit. Triton may compile other code for what lies at other addresses, so no sign may hang on a bit."""
+    if backend == "cuda":
+        layer.assert_is_the_two_ops(case, on_device(layer.inputs(case, dtype)), backend)
+    else:
+        tolerance = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
+        layer.assert_is_the_two_ops(case, on_device(layer.decided(case, dtype)), backend, **tolerance)
+
+
+@each_backend
+@pytest.mark.parametrize("case", [layer.SMALL, layer.IEMOCAP], ids=["small", "iemocap"])
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=["one dtype", "float32 parameters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_against_float64(case, dtype, parameters, backend):
+    drawn = layer.decided(case, dtype)
+    given = drawn if parameters is None else layer.float32_parameters(drawn)
+    found = {name: t.cpu() for name, t in layer.run(case, on_device(given), backend).items()}
+    assert found["grad phi[0]"].dtype == given["phi"][0].dtype
+    layer.assert_close(found, layer.run(case, drawn, "torch"), layer.run(case, drawn, "torch", torch.float64), dtype)
+
+
+@each_backend
+def test_opcheck(backend):
+    case, drawn = layer.SMALL, on_device(layer.inputs(layer.SMALL, torch.float32))
+    flat = [l for others in case.rings for l in others]
+    common = (drawn["x"], layer.offsets(case).to(DEVICE), *(drawn[n] for n in layer.PARAMETERS[1:]))
+    settings = (flat, case.scale, case.beta, case.dropout, case.options["seed"].to(DEVICE), False)
+    for with_target in (True, False):
+        torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_forward.default, (*common, *settings, with_target, backend))
+    saved = torch.ops.ada2i_fast.tensor_ring_forward(*common, *settings, True, backend)[-3 * len(case.widths):]
+    torch.library.opcheck(torch.ops.ada2i_fast.tensor_ring_backward.default,
+                          (drawn["grad_out"], drawn["grad_target"], *common, saved, *settings, backend))
+    four = [drawn[n] for n in ("x", "grad_target", "phi", "phi_bias")]
+    torch.library.opcheck(torch.ops.ada2i_fast.attention_mapping_forward.default, (*four, "sum", backend))
+    loss, *sign = torch.ops.ada2i_fast.attention_mapping_forward(*four, "sum", backend)
+    torch.library.opcheck(torch.ops.ada2i_fast.attention_mapping_backward.default,
+                          (torch.ones_like(loss), drawn["x"], sign, drawn["phi"], "mean", backend))
+
+
+def layer_of(case: layer.Case, at: dict, backend: str):
+    """A function of nothing: output and loss as a scalar, then all gradients. Everything is on the device before."""
+    offsets, settings, flat = layer.offsets(case).to(DEVICE), layer.options(case, DEVICE), [t for n in layer.NAMES for t in at[n]]
+
+    def value(x, offsets, weights, biases, rest):
+        out, loss = afw_layer(x, offsets, weights, biases, *rest, backend=backend, **settings)
+        return sum(t.square().sum() for t in out) + 100.0 * loss
+
+    def step(value=value):
+        weights, biases = ([part for t in at[name] for part in t.chunk(4)] for name in ("proj_weight", "proj_bias"))
+        total = value(at["x"], offsets, weights, biases, [at[n] for n in layer.NAMES[3:]])
+        return [total.detach(), *torch.autograd.grad(total, flat)]
+
+    return step, value
+
+
+@each_backend
+def test_compiles_whole(backend):
+    torch._dynamo.reset()
+    step, value = layer_of(layer.SMALL, layer.leaves(on_device(layer.decided(layer.SMALL, torch.float32)), layer.NAMES), backend)
+    for a, b in zip(step(torch.compile(value, fullgraph=True)), step()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_gradients_of_gradients(backend):
+    drawn, results = layer.decided(layer.SMALL, torch.float32), []
+    for name, dtype in ((backend, torch.float32), ("torch", torch.float64)):
+        at = layer.leaves(on_device(drawn), layer.NAMES, dtype)
+        flat = [t for n in layer.NAMES for t in at[n]]
+        out, loss = layer.call(layer.SMALL, at, name)
+        first = torch.autograd.grad(sum(t.sin().sum() for t in out) + loss, flat, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), flat))
+    for a, e in zip(*results):
+        torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
+
+
+@each_backend
+def test_layer_on_several_streams(backend):
+    """Forward and backward of each on its own stream, at once: as one after the other."""
+    at = [layer.leaves(on_device(layer.inputs(layer.with_options(layer.IEMOCAP, seed=i), torch.float32)), layer.NAMES) for i in range(3)]
+    steps = [layer_of(layer.IEMOCAP, a, backend)[0] for a in at]
+    expected = [step() for step in steps]
+    streams = [torch.cuda.Stream() for _ in steps]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        found = []
+        for stream, step in zip(streams, steps):
+            with torch.cuda.stream(stream):
+                found.append(step())
+        torch.cuda.synchronize()
+        for got, wanted in zip(found, expected):
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@each_backend
+def test_layer_in_a_cuda_graph(backend):
+    """Captured once, replayed on new numbers; nothing waits for the device."""
+    at = layer.leaves(on_device(layer.inputs(layer.IEMOCAP, torch.float32)), layer.NAMES)
+    step, _ = layer_of(layer.IEMOCAP, at, backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in at["x"]:
+            t.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
 
 
 # ---- the optimiser
