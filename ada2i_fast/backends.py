@@ -50,6 +50,7 @@ BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
+_PLAIN = {Tensor, torch.nn.Parameter}
 _PACKAGES = {"triton": "kernels", "cuda": "cuda", "cpu": "cpu"}
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -126,7 +127,7 @@ def tf32() -> bool:
 def eager(tensors: Sequence[Tensor]) -> bool:
     """Whether these are plain tensors that nobody traces, compiles or transforms, so that calls past torch's dispatcher are right."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and \
-        all([type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors])
+        {*map(type, tensors)} <= _PLAIN
 
 
 def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -> str:

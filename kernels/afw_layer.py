@@ -26,8 +26,8 @@ def _stacked(projections: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(-1, t.shape[1]) for part, t in zip(parts, first[:m])] + list(parts[m:])
 
 
-def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float,
-            seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
+def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
+            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`."""
     m = len(x)
     stacks = _stacked(parameters[:8 * m])
@@ -40,17 +40,18 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
 
 
 def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
-             state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None, gated_target: bool,
-             coefficient: Sequence[float]) -> list[Tensor | None]:
-    """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: what `forward` returned last."""
+             state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
+             gated_target: bool, coefficient: Sequence[float]) -> list[Tensor | None]:
+    """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: the last that `forward`
+    returned."""
     m = len(x)
     stacks, saved, sign = state[:2 * m], state[2 * m:5 * m], state[5 * m:]
     also_x, grad_target, of_phi = [], [], [None] * (2 * m)
     if grad_loss is not None:
         found = attention_mapping.backward(grad_loss, x, sign, parameters[10 * m:11 * m], coefficient)
         also_x, grad_target, of_phi = found[:m], found[m:2 * m], found[2 * m:]
-    found = tensor_ring.backward(grad_out, grad_target, x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m], parameters[9 * m:10 * m],
-                                 saved, ring, scale, beta, dropout, seed, gated_target)
+    found = tensor_ring.backward(grad_out, grad_target, x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m],
+                                 parameters[9 * m:10 * m], saved, ring, scale, beta, dropout, seed, gated_target)
     if also_x:
         torch._foreach_add_(found[:m], also_x)
     return [*found[:m], *[part for grad in found[m:3 * m] for part in grad.chunk(4)], *found[3 * m:], *of_phi]

@@ -15,7 +15,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from . import attention_mapping, call, fill, prepare, tensor_ring
+from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
 
 KINDS = (("proj_weight", 4), ("proj_bias", 4), ("map_weight", 1), ("map_bias", 1), ("phi_weight", 1), ("phi_bias", 1))
 
@@ -58,15 +58,14 @@ def _places(rows: int, dialogues: int, widths: tuple[int, ...], rank: int, size:
 
 def _check(parameters: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]]) -> None:
     """ValueError, with the argument's name, unless parameters have these shapes."""
-    device = like.device
-    if [t.shape for t in parameters] == shapes and all([t.device == device for t in parameters]):
+    if [t.shape for t in parameters] == shapes and uniform(parameters, like.get_device()):
         return
     if len(parameters) != len(shapes):
         raise ValueError(f"parameters: expected {len(shapes)} tensors, got {len(parameters)}")
     names = [f"{name}[{i}]" for name, count in KINDS for i in range(count * len(shapes) // 12)]
     for name, t, shape in zip(names, parameters, shapes):
-        if t.shape != shape or t.device != device:
-            raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(t.shape)} on {t.device}")
+        if t.shape != shape or t.device != like.device:
+            raise ValueError(f"{name}: expected {list(shape)} on {like.device}, got {list(t.shape)} on {t.device}")
 
 
 def _at(t: Tensor, starts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -75,8 +74,8 @@ def _at(t: Tensor, starts: Sequence[Sequence[int]], size: int) -> list[list[int]
     return [[base + start * size for start in kind] for kind in starts]
 
 
-def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float,
-            seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
+def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
+            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`."""
     m, rank, first = len(x), parameters[4 * len(x)].shape[0], x[0]
     widths, dtype = tuple([t.shape[1] for t in x]), first.dtype
@@ -85,7 +84,7 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
     x, size = alive[:m], first.element_size()
     layout = _layout(widths, rank)
     _check(parameters, first, layout.shapes)
-    if all([t.dtype == dtype for t in parameters]):
+    if uniform(parameters, first.get_device(), dtype):
         flat = torch._C._nn.flatten_dense_tensors(parameters[:8 * m])
         own = [t if t.is_contiguous() else t.contiguous() for t in parameters[8 * m:]]
         given = [*_at(flat, layout.starts[:2], size), *[own[i * m:(i + 1) * m] for i in range(4)]]
@@ -110,9 +109,10 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
 
 
 def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
-             state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None, gated_target: bool,
-             coefficient: Sequence[float]) -> list[Tensor | None]:
-    """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: what `forward` returned last."""
+             state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
+             gated_target: bool, coefficient: Sequence[float]) -> list[Tensor | None]:
+    """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: the last that `forward`
+    returned."""
     m, rank, first, (flat, state) = len(x), parameters[4 * len(x)].shape[0], x[0], state
     widths, rows, size = tuple([t.shape[1] for t in x]), first.shape[0], first.element_size()
     args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated_target)

@@ -32,7 +32,15 @@ def parameter(module: nn.Module, name: str) -> Tensor:
 
 def _parameters(maps: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases."""
+    own = [m._parameters for m in maps]
+    if all(["weight" in found and "bias" in found for found in own]):
+        return [found["weight"] for found in own], [found["bias"] for found in own]
     return [parameter(m, "weight") for m in maps], [parameter(m, "bias") for m in maps]
+
+
+def _children(module: nn.Module, name: str) -> list[nn.Module]:
+    """Those of a ModuleList, found like `parameter`."""
+    return list(module._modules[name]._modules.values())
 
 
 class _TensorRing(nn.Module):
@@ -46,11 +54,12 @@ class _TensorRing(nn.Module):
 
     def projections(self) -> tuple[list[Tensor], list[Tensor]]:
         """4M weights [R, D_j] and biases [R]: q1, q2, k1, k2 of modality 0, then of 1, and so on."""
-        return _parameters([m.lin for each in zip(self.trans_q1, self.trans_q2, self.trans_k1, self.trans_k2) for m in each])
+        kinds = [_children(self, name) for name in ("trans_q1", "trans_q2", "trans_k1", "trans_k2")]
+        return _parameters([m.lin for each in zip(*kinds) for m in each])
 
     def maps(self) -> tuple[list[Tensor], list[Tensor]]:
         """M weights [D_j, R * R] and biases [D_j]."""
-        return _parameters([m.lin for m in self.lin_att])
+        return _parameters([m.lin for m in _children(self, "lin_att")])
 
 
 class _AttentionMapping(nn.Module):
@@ -119,8 +128,9 @@ class FeatureWeighting(nn.Module):
                 raise ValueError(f"x[{j}]: expected [{x[0].shape[0]}, {width}], got {list(x_j.shape)}")
         feature_loss = None
         dropout = self.dropout if self.training else 0.0
-        for layer in self.layers:
-            parameters = (*layer.attention.projections(), *layer.attention.maps(), *_parameters(list(layer.wmn.fc)))
+        for layer in _children(self, "layers"):
+            attention, phi = layer._modules["attention"], layer._modules["wmn"]
+            parameters = (*attention.projections(), *attention.maps(), *_parameters(_children(phi, "fc")))
             # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
             seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
             x, loss = afw_layer(

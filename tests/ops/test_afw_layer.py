@@ -321,7 +321,8 @@ def test_refusals():
 # ---- the layers of other devices
 
 
-DEVICE_CASES = [SMALL, with_options(SMALL, gated_target=True, reduction="mean"), Case(lengths=(3, 0, 33), widths=(8,), rank=3, dropout=0.5, seed=4),
+DEVICE_CASES = [SMALL, with_options(SMALL, gated_target=True, reduction="mean"),
+                Case(lengths=(3, 0, 33), widths=(8,), rank=3, dropout=0.5, seed=4),
                 Case(lengths=(9, 2), widths=(4, 12, 8, 4), rank=4, gated_target=True, seed=5), Case(lengths=(0, 0), widths=(5, 3), rank=3)]
 
 
