@@ -50,6 +50,44 @@ def test_explain_names_all():
     assert "not torch: it could, but another comes first" in backends.explain("tensor_ring", torch.ones(3, 4), rank=11)
 
 
+def test_order_on_cuda(monkeypatch):
+    """float32 without TF32 goes to the CUDA kernels where they can serve, all else to Triton."""
+    able = {"triton", "cuda", "torch"}
+    monkeypatch.setattr(backends, "_why_not", lambda op, backend, *facts: None if backend in able else "not here")
+
+    def chosen(dtype: torch.dtype) -> str:
+        backends._cached.cache_clear()
+        return backends._decide("tensor_ring", "auto", "cuda", dtype, (300,) * 3, 11)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("highest", "cuda"), ("high", "triton"), ("medium", "triton")):
+            torch.set_float32_matmul_precision(precision)
+            assert chosen(torch.float32) == expected
+            assert chosen(torch.bfloat16) == chosen(torch.float16) == "triton"
+        torch.set_float32_matmul_precision("highest")
+        able.remove("cuda")
+        assert chosen(torch.float32) == "triton"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        backends._cached.cache_clear()
+
+
+@pytest.mark.gpu
+def test_explain_on_cuda():
+    """What `explain` says is what `choose` does, with the reason of every other."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                x = torch.ones(3, 4, dtype=dtype, device="cuda")
+                text = backends.explain("tensor_ring", x, rank=2).splitlines()
+                assert text[0] == f"tensor_ring: {backends.choose('tensor_ring', [x], rank=2)}" and len(text) == len(backends.BACKENDS)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_unknown_and_unable_backends_raise():
     with pytest.raises(ValueError, match="backend: expected 'auto'"):
         mapping("gpu")
