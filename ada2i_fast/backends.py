@@ -25,7 +25,7 @@ tensor_ring.forward, nobody reads anything but the outputs, and a backend may re
 rank) -> str | None` for limits of its own.
 
 `auto` takes the first of the table that can serve; for float32 whose products may not run in TF32, `cuda` before `triton`, which without
-tensor cores takes two thirds longer at a batch's 500 rows, 2.5 times as long at 50,000 (H100). `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot
+tensor cores takes two thirds longer for the 500 rows of a batch (H100). `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot
 serve then raises. Nothing here touches a driver before a tensor lives on its device.
 """
 

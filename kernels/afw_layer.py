@@ -7,6 +7,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from ada2i_fast.ops.afw_layer import masked
+
 from . import attention_mapping, tensor_ring
 
 MIXED_PARAMETERS = all([getattr(module, "MIXED_PARAMETERS", False) for module in (tensor_ring, attention_mapping)])
@@ -27,15 +29,18 @@ def _stacked(projections: Sequence[Tensor]) -> list[Tensor]:
 
 
 def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
-            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
-    """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`."""
+            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None,
+            rows: Tensor | None = None) -> list[Tensor]:
+    """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`.
+    rows: int64 []; rows of x from there on are 0 and add nothing to the loss; parameters are then of the dtype of x."""
     m = len(x)
     stacks = _stacked(parameters[:8 * m])
     result = tensor_ring.forward(x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m], parameters[9 * m:10 * m], ring, scale, beta,
                                  dropout, seed, gated_target, coefficient is not None)
     if coefficient is None:
         return result[:m]
-    loss, *sign = attention_mapping.forward(x, result[m:2 * m], parameters[10 * m:11 * m], parameters[11 * m:], coefficient)
+    target = result[m:2 * m] if rows is None else masked(result[m:2 * m], parameters[11 * m:], rows)
+    loss, *sign = attention_mapping.forward(x, target, parameters[10 * m:11 * m], parameters[11 * m:], coefficient)
     return [*result[:m], loss, *stacks, *result[2 * m:], *sign]
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.afw_layer import masked
 from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
 
 KINDS = (("proj_weight", 4), ("proj_bias", 4), ("map_weight", 1), ("map_bias", 1), ("phi_weight", 1), ("phi_bias", 1))
@@ -75,8 +76,10 @@ def _at(t: Tensor, starts: Sequence[Sequence[int]], size: int) -> list[list[int]
 
 
 def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float,
-            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None) -> list[Tensor]:
-    """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`."""
+            dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None,
+            rows: Tensor | None = None) -> list[Tensor]:
+    """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`.
+    rows: int64 []; rows of x from there on are 0 and add nothing to the loss; parameters are then of the dtype of x."""
     m, rank, first = len(x), parameters[4 * len(x)].shape[0], x[0]
     widths, dtype = tuple([t.shape[1] for t in x]), first.dtype
     gated = gated_target and coefficient is not None
@@ -100,6 +103,9 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
     call("tensor_ring_forward", args, first)
     if coefficient is None:
         return out
+    if rows is not None:
+        kept = target if gated else [state[place:place + t.numel() * size].view(dtype).view(t.shape) for place, t in zip(places[2], x)]
+        target = masked(kept, parameters[11 * m:], rows)
     loss = first.new_empty((), dtype=torch.float32)
     mapping = attention_mapping.arguments(args.dtype, widths, first.shape[0], coefficient)
     fill(mapping, x=x, target=target, weight=given[4], bias=given[5], sign=sign)

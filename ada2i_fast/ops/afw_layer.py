@@ -54,28 +54,46 @@ class _AFWLayer(torch.autograd.Function):
     """Calls a backend's layer without a registered op between: compiled code takes the two ops."""
 
     @staticmethod
-    def forward(ctx, served, settings, offsets, *tensors):
+    def forward(ctx, served, settings, rows, offsets, *tensors):
         m = len(tensors) // 13
         parameters = _fitting(served, tensors)
-        result = backends.module("afw_layer", served).forward(tensors[:m], offsets, parameters, *settings)
+        *out, loss, state = _forward(served, settings, rows, offsets, tensors[:m], parameters)
         cast = () if parameters[0] is tensors[m] else parameters
         ctx.set_materialize_grads(False)
         ctx.served, ctx.settings, ctx.kept = served, settings, (13 * m, len(cast))
-        ctx.save_for_backward(offsets, *tensors, *cast, *result[m + 1:])
-        return tuple(result[:m + 1])
+        ctx.save_for_backward(rows, offsets, *tensors, *cast, *state)
+        return *out, loss
 
     @staticmethod
     def backward(ctx, *grads):
-        offsets, *tensors = ctx.saved_tensors
+        rows, offsets, *tensors = ctx.saved_tensors
         m, (own, cast) = len(grads) - 1, ctx.kept
         inputs = tensors[:own]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda *t: _in_torch(t, offsets, *ctx.settings), inputs, grads)
+            result = gradients_through(lambda *t: _in_torch(t, rows, offsets, *ctx.settings), inputs, grads)
         else:
             x, parameters, state = inputs[:m], tensors[own:own + cast] or inputs[m:], tensors[own + cast:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
-            result = backends.module("afw_layer", ctx.served).backward(grad_out, grads[m], x, offsets, parameters, state, *ctx.settings)
-        return None, None, None, *result
+            grad_loss = grads[m] if rows is None or grads[m] is None else grads[m] / rows * x[0].shape[0]
+            result = backends.module("afw_layer", ctx.served).backward(grad_out, grad_loss, x, offsets, parameters, state, *ctx.settings)
+        return None, None, None, None, *result
+
+
+def _forward(served, settings, rows, offsets, x, parameters) -> list:
+    """M outputs, the loss, and in a list what backward needs; with `rows` from a backend that can leave the others out."""
+    m, layer = len(x), backends.module("afw_layer", served)
+    if rows is None:
+        result = layer.forward(x, offsets, parameters, *settings)
+    else:
+        result = layer.forward(x, offsets, parameters, *settings, rows)
+        result[m] = result[m] * x[0].shape[0] / rows
+    return [*result[:m + 1], result[m + 1:]]
+
+
+def masked(target: Sequence[Tensor], bias: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """The target with Phi's bias in the rows from `rows` on, where x is 0: a difference, and a sign, of exactly 0."""
+    beyond = torch.arange(target[0].shape[0], device=rows.device)[:, None] >= rows
+    return [torch.where(beyond, b.detach(), t) for b, t in zip(bias, target)]
 
 
 def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -87,12 +105,15 @@ def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch._C._nn.unflatten_dense_tensors(torch._C._nn.flatten_dense_tensors(parameters).to(dtype), parameters)
 
 
-def _in_torch(tensors, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> list[Tensor]:
+def _in_torch(tensors, rows, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> list[Tensor]:
     """M outputs and the loss by the algebra in plain PyTorch."""
     x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias = _kinds([t.to(tensors[0].dtype) for t in tensors])
     out, target = tensor_ring_torch(x, offsets, *stacked(proj_weight, proj_bias), map_weight, map_bias, ring_rows(ring, len(x)), scale,
                                     beta, dropout, seed, gated_target)
-    return [*out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)]
+    if rows is None:
+        return [*out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)]
+    loss = attention_mapping_torch(x, masked(target, phi_bias, rows), phi_weight, phi_bias, coefficient)
+    return [*out, loss * x[0].shape[0] / rows]
 
 
 def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
@@ -111,11 +132,15 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if served == "torch" or rows is not None or (graph and not with_loss) or not backends.eager(tensors):
+    # With rows, the bias that masks is in the dtype of x; the CPU's library has no mask.
+    maskable = rows is None or (served != "cpu" and with_loss and all([t.dtype == x[0].dtype for t in tensors]))
+    if served == "torch" or not maskable or (graph and not with_loss) or not backends.eager(tensors):
         weight, bias = stacked(proj_weight, proj_bias)
         out, target = tensor_ring(x, offsets, weight, bias, map_weight, map_bias, ring=ring, scale=scale, beta=beta, dropout=dropout,
                                   seed=seed, gated_target=gated_target, with_target=with_loss, backend=backend)
-        return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend) if with_loss else None
+        if not with_loss:
+            return out, None
+        return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend)
     check_layer(x, dropout)
     m = len(x)
     if dropout == 0.0:
@@ -125,7 +150,9 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
                 coefficients(x, reduction) if with_loss else None)
     if graph:
-        *out, loss = _AFWLayer.apply(served, settings, offsets, *tensors)
+        *out, loss = _AFWLayer.apply(served, settings, rows, offsets, *tensors)
         return out, loss
-    result = backends.module("afw_layer", served).forward(x, offsets, _fitting(served, tensors), *settings)
-    return result[:m], result[m] if with_loss else None
+    if not with_loss:
+        return backends.module("afw_layer", served).forward(x, offsets, _fitting(served, tensors), *settings), None
+    *out, loss, _ = _forward(served, settings, rows, offsets, x, _fitting(served, tensors))
+    return out, loss

@@ -55,10 +55,10 @@ def call(case: Case, at, backend="cpu", **changes):
                      reduction=case.reduction, backend=backend, **{**options(case, device), **changes})
 
 
-def two_ops(case: Case, at, backend="cpu"):
+def two_ops(case: Case, at, backend="cpu", rows=None):
     device = at["x"][0].device
     out, target = tensor_ring(at["x"], offsets(case).to(device), *(at[n] for n in PARAMETERS[1:]), backend=backend, **options(case, device))
-    return out, attention_mapping(at["x"], target, at["phi"], at["phi_bias"], reduction=case.reduction, backend=backend)
+    return out, attention_mapping(at["x"], target, at["phi"], at["phi_bias"], reduction=case.reduction, rows=rows, backend=backend)
 
 
 def run(case: Case, given, backend="cpu", dtype=None, call=call) -> dict[str, torch.Tensor]:
@@ -347,6 +347,13 @@ def assert_is_the_two_ops(case: Case, drawn, backend: str, **tolerance) -> None:
         check(f"out[{j}], no gradients", out[j], one[f"out[{j}]"])
         check(f"out[{j}], no loss", without[j], one[f"out[{j}]"])
 
+    if count := sum(case.lengths):
+        filled = {**drawn, **{n: [torch.cat([t[:-2], torch.zeros_like(t[-2:])]) for t in drawn[n]] for n in ("x", "grad_out")}}
+        rows = torch.tensor(count - 2, device=filled["x"][0].device)
+        one, two = (run(case, filled, backend, call=lambda *given: layer(*given, rows=rows)) for layer in (call, two_ops))
+        for name, expected in two.items():
+            check(f"{name}, filler left out", one[name], expected)
+
 
 @pytest.fixture
 def cuda_kernels(monkeypatch):
@@ -405,7 +412,8 @@ def test_cuda_layer_gradients(cuda_kernels):
         at = leaves(drawn, NAMES, dtype)
         flat = [t for n in NAMES for t in at[n]]
         out, loss = call(SMALL, at, backend)
-        first = torch.autograd.grad(sum(t.sin().sum() for t in out) + loss, flat, create_graph=True)
+        _, of_rows = call(SMALL, at, backend, rows=torch.tensor(17))
+        first = torch.autograd.grad(sum(t.sin().sum() for t in out) + loss + of_rows, flat, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), flat))
     for a, e in zip(*results):
         torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
