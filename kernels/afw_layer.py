@@ -32,7 +32,7 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
             dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None,
             rows: Tensor | None = None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`.
-    rows: int64 []; rows of x from there on are 0 and add nothing to the loss; parameters are then of the dtype of x."""
+    rows: int64 []; rows of x from there on are 0 and add nothing to the loss."""
     m = len(x)
     stacks = _stacked(parameters[:8 * m])
     result = tensor_ring.forward(x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m], parameters[9 * m:10 * m], ring, scale, beta,

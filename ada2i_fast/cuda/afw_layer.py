@@ -79,7 +79,7 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
             dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None,
             rows: Tensor | None = None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`.
-    rows: int64 []; rows of x from there on are 0 and add nothing to the loss; parameters are then of the dtype of x."""
+    rows: int64 []; rows of x from there on are 0 and add nothing to the loss."""
     m, rank, first = len(x), parameters[4 * len(x)].shape[0], x[0]
     widths, dtype = tuple([t.shape[1] for t in x]), first.dtype
     gated = gated_target and coefficient is not None

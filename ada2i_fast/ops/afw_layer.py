@@ -91,9 +91,10 @@ def _forward(served, settings, rows, offsets, x, parameters) -> list:
 
 
 def masked(target: Sequence[Tensor], bias: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """The target with Phi's bias in the rows from `rows` on, where x is 0: a difference, and a sign, of exactly 0."""
+    """The target with Phi's bias in the rows from `rows` on, where x is 0: a difference, and a sign, of exactly 0. A bias of another dtype is
+    rounded, as backends do."""
     beyond = torch.arange(target[0].shape[0], device=rows.device)[:, None] >= rows
-    return [torch.where(beyond, b.detach(), t) for b, t in zip(bias, target)]
+    return [torch.where(beyond, b.detach().to(t.dtype), t) for b, t in zip(bias, target)]
 
 
 def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -132,9 +133,8 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # With rows, the bias that masks is in the dtype of x; the CPU's library has no mask.
-    maskable = rows is None or (served != "cpu" and with_loss and all([t.dtype == x[0].dtype for t in tensors]))
-    if served == "torch" or not maskable or (graph and not with_loss) or not backends.eager(tensors):
+    unmasked = rows is not None and served == "cpu"         # the library has no mask
+    if served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors):
         weight, bias = stacked(proj_weight, proj_bias)
         out, target = tensor_ring(x, offsets, weight, bias, map_weight, map_bias, ring=ring, scale=scale, beta=beta, dropout=dropout,
                                   seed=seed, gated_target=gated_target, with_target=with_loss, backend=backend)
