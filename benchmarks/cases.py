@@ -61,9 +61,10 @@ class Case:
         return " / ".join((self.op, shape, self.mode, self.dtype))
 
     def implementations(self, device: str) -> list[str]:
+        graphed = device != "cpu" and self.mode == "training" and self.op in ("model", "afw_layer")
         step_on_gpu = device != "cpu" and self.op == "model" and self.mode == "training"
         return ["textbook", *(["compiled"] if self.compiled else []), *(["released"] if step_on_gpu and self.preset == "released" else []),
-                "algebra", *(["cpu"] if device == "cpu" else ["triton", "cuda"]), *(["graph"] if step_on_gpu else [])]
+                "algebra", *(["cpu"] if device == "cpu" else ["triton", "cuda"]), *(["graph"] if graphed else [])]
 
 
 def cases(op: str, compiled: set[tuple[str, str, str]], modes: tuple[str, ...] = ("training", "evaluation")) -> list[Case]:

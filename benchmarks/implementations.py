@@ -7,7 +7,7 @@
 | released | the textbook with the released loop over utterances for the scores; on CUDA, where every pass of it waits for the device |
 | algebra | the backend `torch`: packed rows and the algebraic rewrite in plain PyTorch |
 | cpu, triton, cuda | the native backends, on packed rows |
-| graph | training steps of the model on CUDA: the best backends, each step one CUDA graph (`training.GraphedStep`) |
+| graph | on CUDA the best backends with a CUDA graph: training steps of the model (`training.GraphedStep`), forward and backward of a layer |
 
 `build(case, implementation, device)` gives a `Competitor`. Whoever cannot run here raises `Unavailable` with the reason.
 """
@@ -143,6 +143,7 @@ class _Op(Competitor):
         # Packed ops take the dtype of x; autocast is for the textbook.
         self.autocast = (lambda: torch.autocast(device, torch.bfloat16)) if self.padded and case.dtype == "bfloat16" else \
             contextlib.nullcontext
+        self.graph = self.captured() if implementation == "graph" else None
 
     def _place(self, packed: Tensor) -> Tensor:
         if not self.padded:
@@ -191,10 +192,23 @@ class _Op(Competitor):
             return self.call(self.dropout)
 
     def run(self) -> object:
+        if self.graph is not None:
+            return self.graph.replay()
         if self.training:
             return self._gradients(self.forward())
         with torch.no_grad():
             return self.forward()
+
+    def captured(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._gradients(self.forward())
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.kept = self._gradients(self.forward())
+        return graph
 
     def result(self) -> dict[str, Tensor]:
         def packed(t: Tensor) -> Tensor:

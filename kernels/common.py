@@ -167,10 +167,10 @@ def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]]) -> None:
     bounds = [0]
     for kind in outputs:
         bounds.append(bounds[-1] + kind[0].numel())
-    block = 128
+    block = 32          # small tiles: as many programs as possible, each with few loads one after the other
     reduce_splits[(triton.cdiv(length, block), group)](
         partial, tuple(t for kind in outputs for t in kind), splits, LENGTH=length, BOUNDS=tuple(bounds), KINDS=len(outputs),
-        GROUP=group, BLOCK=block, TOGETHER=16, num_warps=4, enable_fp_fusion=True)
+        GROUP=group, BLOCK=block, TOGETHER=64, num_warps=4, enable_fp_fusion=True)
 
 
 def groups(keys: Iterable) -> list[tuple[int, ...]]:

@@ -332,8 +332,6 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
         meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         if meta["PRECISION"] == "ieee":     # or it spills
             meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4)
-        else:
-            meta.update(num_warps=8)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, count(lengths))
         with torch.cuda.device_of(qkv):
@@ -353,8 +351,7 @@ def constants(dtype: torch.dtype, width: int, heads: int, rows: int, dialogues: 
     precision = common.precision(dtype)
     block = min(max(16, triton.next_power_of_2(head)), 64 if precision == "ieee" else 128)
     return {"HEADS": heads, "HEAD": head, "OPERAND": common.storage_operand(dtype), "PRECISION": precision,
-            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 8 if block > 64 else 4,
-            "num_stages": 1, "enable_fp_fusion": True}
+            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4, "num_stages": 1 if block > 64 else 2, "enable_fp_fusion": True}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:

@@ -227,7 +227,7 @@ _ROUNDING: dict[str, Callable[..., Tensor]] = {"torch": _rounding_torch, "native
 
 def _packs_itself(x: Tensor, weight: Tensor) -> bool:
     """Whether the products of bf16 x with a float32 weight, which round it, are this package's own."""
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or not (library := _may_take_own(x)):
+    if x.is_cuda or x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or not (library := _may_take_own(x)):
         return False
     (rows, inputs), outputs = x.shape, weight.shape[0]
     if library == "native":

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..balance import modulation_coefficients
 from ..batch import DialogueBatch, FixedBatch
 from ..model import Ada2I
+from ..ops.linear import branch
 from ..optim import BalancedAdam
 
 __all__ = ["GraphedStep", "StepResult"]
@@ -164,20 +165,28 @@ class GraphedStep:
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def _step(self, batch: DialogueBatch | FixedBatch, modulate: bool) -> Tensor:
-        """An ordinary step. Returns loss, feature loss, norm, ratios and coefficients in one vector."""
+        """An ordinary step. Returns loss, feature loss, ratios, coefficients and the norm in one vector."""
         self.optimizer.zero_grad()
         with self.context():
             out = self.model(batch)
-        out.loss.backward()
-        self.optimizer.step(out.ratio if modulate else None)
-        ratio = torch.stack(list(out.ratio.values())).detach()
-        coefficient = modulation_coefficients({"all": ratio}, self.model.config.alpha)["all"] if modulate else torch.ones_like(ratio)
-        head = torch.stack((out.loss.detach(), out.feature_loss.detach().to(out.loss), self.optimizer.last_norm.to(out.loss)))
-        return torch.cat((head, ratio.to(head), coefficient.to(head)))
+        with branch(self.device) as beside:                     # backward does not wait for what is only looked at
+            observed = self._modulated if modulate else self._unmodulated
+            head = beside(observed, out.loss.detach(), out.feature_loss.detach(), *[rho.detach() for rho in out.ratio.values()])
+            out.loss.backward()
+            self.optimizer.step(out.ratio if modulate else None)
+        return torch.cat((head, self.optimizer.last_norm.to(head).reshape(1)))
+
+    def _modulated(self, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
+        ratio = torch.stack(ratios)
+        coefficient = modulation_coefficients({"all": ratio}, self.model.config.alpha)["all"]
+        return torch.cat((torch.stack((loss, feature_loss.to(loss))), ratio.to(loss), coefficient.to(loss)))
+
+    def _unmodulated(self, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
+        return torch.stack((loss, *[t.to(loss) for t in (feature_loss, *ratios)], *[torch.ones_like(loss)] * len(ratios)))
 
     def _result(self, vector: Tensor) -> StepResult:
         names = self.model.config.modalities
-        loss, feature_loss, norm, *rest = vector.unbind()
+        loss, feature_loss, *rest, norm = vector.unbind()
         self.optimizer.last_norm = norm
         return StepResult(loss, feature_loss, norm, dict(zip(names, rest)), dict(zip(names, rest[len(names):])))
 
