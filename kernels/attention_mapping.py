@@ -29,7 +29,7 @@ from . import common
 from .common import column_tile, rounded, select
 
 FLAT = 2048                         # elements per program of `distance`
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 64  # tile of `expand_signs`
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs`
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 

@@ -728,17 +728,19 @@ def core_gradients(projections, vectors, offsets, averages, grad_averages, gradi
     k2 = load_projection(proj, rows, inside, 3, R, RP)
     at_row = select(j, vectors, M) + rows[:, None] * (3 * R) + r[None, :]
     mask_row = inside[:, None] & (r < R)[None, :]
+    if M > 1:
+        g_a = load_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), R, RP)
     g_u = tl.load(at_row, mask=mask_row, other=0.0)
+    if M > 1:
+        g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision="ieee")
+    store_part(g_u * k1, 0, gradient, sums, rows, inside, R, RP, STRIDE)
+    store_part(g_u * q1, 2, gradient, sums, rows, inside, R, RP, STRIDE)
     g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
     if M > 1:
         c = contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee")
         g_v = tl.dot(g_v, tl.trans(c), input_precision="ieee")
-        g_a = load_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), R, RP)
-        g_u = tl.dot(q2 * k2, tl.trans(g_a), g_u, input_precision="ieee")
         g_v = tl.dot(q1 * k1, g_a, g_v, input_precision="ieee")
-    store_part(g_u * k1, 0, gradient, sums, rows, inside, R, RP, STRIDE)
     store_part(g_v * k2, 1, gradient, sums, rows, inside, R, RP, STRIDE)
-    store_part(g_u * q1, 2, gradient, sums, rows, inside, R, RP, STRIDE)
     store_part(g_v * q2, 3, gradient, sums, rows, inside, R, RP, STRIDE)
 
 
