@@ -205,10 +205,6 @@ class FixedBatch:
         """N', filler included."""
         return self.labels.shape[0]
 
-    def beyond(self) -> Tensor | None:
-        """bool [N', 1], True where a row is filler; None where every row counts."""
-        return None if self.rows is None else torch.arange(self.num_utterances, device=self.labels.device)[:, None] >= self.rows
-
 
 @dataclass(frozen=True)
 class Ada2IOutput:

@@ -148,13 +148,9 @@ class Ada2I(nn.Module):
             z = _on_streams(encode, config.modalities, labels.device)
         else:
             z = [encode(m) for m in config.modalities]
-        rows = None
-        if fixed and batch.rows is not None:                # rows of 0 stay 0 on their way through AFW
-            rows, beyond = batch.rows, batch.beyond()
-            z = [z_m.masked_fill(beyond, 0.0) for z_m in z]
         feature_loss = z[0].new_zeros(())
         if net.mmt is not None:
-            z, feature_loss = net.mmt(z, offsets, rows)
+            z, feature_loss = net.mmt(z, offsets, batch.rows if fixed else None)
         if real is not None:
             # The compiler does not know how many rows a mask has left.
             torch._check(real.shape[0] == batch.features[config.modalities[0]].shape[0])

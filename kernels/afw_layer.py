@@ -7,10 +7,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from ada2i_fast.ops.afw_layer import masked
-
 from . import attention_mapping, tensor_ring
 
+COUNTS_ROWS = True          # forward and backward take `rows`, beyond which x may be anything
 MIXED_PARAMETERS = all([getattr(module, "MIXED_PARAMETERS", False) for module in (tensor_ring, attention_mapping)])
 
 
@@ -32,28 +31,27 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
             dropout: float, seed: Tensor | None, gated_target: bool, coefficient: Sequence[float] | None,
             rows: Tensor | None = None) -> list[Tensor]:
     """M outputs; with coefficients the loss too, and what `backward` takes from here. parameters: 12M tensors as in `ops.afw_layer`.
-    rows: int64 []; rows of x from there on are 0 and add nothing to the loss."""
+    rows: int64 []; rows of x from there on add nothing to the loss, whose means are over the others."""
     m = len(x)
     stacks = _stacked(parameters[:8 * m])
     result = tensor_ring.forward(x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m], parameters[9 * m:10 * m], ring, scale, beta,
                                  dropout, seed, gated_target, coefficient is not None)
     if coefficient is None:
         return result[:m]
-    target = result[m:2 * m] if rows is None else masked(result[m:2 * m], parameters[11 * m:], rows)
-    loss, *sign = attention_mapping.forward(x, target, parameters[10 * m:11 * m], parameters[11 * m:], coefficient)
+    loss, *sign = attention_mapping.forward(x, result[m:2 * m], parameters[10 * m:11 * m], parameters[11 * m:], coefficient, rows)
     return [*result[:m], loss, *stacks, *result[2 * m:], *sign]
 
 
 def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor],
              state: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
-             gated_target: bool, coefficient: Sequence[float]) -> list[Tensor | None]:
+             gated_target: bool, coefficient: Sequence[float], rows: Tensor | None = None) -> list[Tensor | None]:
     """Gradients of x and of the parameters, in their dtypes; None for those of Phi without grad_loss. state: the last that `forward`
     returned."""
     m = len(x)
     stacks, saved, sign = state[:2 * m], state[2 * m:5 * m], state[5 * m:]
     also_x, grad_target, of_phi = [], [], [None] * (2 * m)
     if grad_loss is not None:
-        found = attention_mapping.backward(grad_loss, x, sign, parameters[10 * m:11 * m], coefficient)
+        found = attention_mapping.backward(grad_loss, x, sign, parameters[10 * m:11 * m], coefficient, rows)
         also_x, grad_target, of_phi = found[:m], found[m:2 * m], found[2 * m:]
     found = tensor_ring.backward(grad_out, grad_target, x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m],
                                  parameters[9 * m:10 * m], saved, ring, scale, beta, dropout, seed, gated_target)

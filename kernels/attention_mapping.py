@@ -37,10 +37,13 @@ MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a prod
 
 
 @triton.jit(do_not_specialize=["rows_total"])
-def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coefficient,
+def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total, coefficient, COUNTED: tl.constexpr,
                 D: tl.constexpr, COUNT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Grid (cdiv(N, BLOCK_N), COUNT * cdiv(D, BLOCK_D)): a tile of Phi x each. losses: float32, one per program."""
+    """Grid (cdiv(N, BLOCK_N), COUNT * cdiv(D, BLOCK_D)): a tile of Phi x each. losses: float32, one per program.
+
+    COUNTED: only so many rows as `counted` (int64, on the device) says have a distance, and the mean is over them.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     local = tl.program_id(1) // D_BLOCKS
     x = select(local, xs, COUNT)
@@ -48,6 +51,10 @@ def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coeffic
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = (tl.program_id(1) % D_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = rows < rows_total
+    real = inside
+    if COUNTED:
+        real = rows < tl.load(counted)
+        coefficient = coefficient * rows_total / tl.load(counted)
     kind = x.dtype.element_ty
 
     mapped = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -61,6 +68,7 @@ def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coeffic
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     difference = mapped - tl.load(select(local, targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
+    difference = tl.where(real[:, None], difference, 0.0)
     sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
     tl.store(select(local, signs, COUNT) + at, sign, mask=mask)
     distance = tl.sum(tl.where(mask, tl.abs(difference), 0.0))
@@ -69,8 +77,8 @@ def map_forward(xs, targets, weights, biases, signs, losses, rows_total, coeffic
 
 
 @triton.jit(do_not_specialize=["rows_total", "row_blocks", "splits"])
-def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients, rows_total, row_blocks, splits, coefficient,
-                 D: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients, counted, rows_total, row_blocks, splits, coefficient,
+                 COUNTED: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
     """Grid (row_blocks * COUNT * DB + splits * COUNT * DB * DB,), DB = cdiv(D, BLOCK_D): first a tile of g_x and g_target
     each, then a tile of g_Phi over one split of the rows each.
@@ -79,6 +87,8 @@ def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients
     """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     factor = coefficient * tl.load(grad_loss).to(tl.float32)
+    if COUNTED:
+        factor = factor * rows_total / tl.load(counted)
     program = tl.program_id(0)
     tiles = row_blocks * (COUNT * D_BLOCKS)
     if program < tiles:
@@ -142,11 +152,12 @@ def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.const
 # ---- many rows: what is left beside products of the library
 
 
-@triton.jit(do_not_specialize=["first", "last", "place"])
-def distance(mapped, target, bias, sign, losses, first, last, place, coefficient, D: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows_total", "first", "last", "place"])
+def distance(mapped, target, bias, sign, losses, counted, rows_total, first, last, place, coefficient, COUNTED: tl.constexpr,
+             D: tl.constexpr, BLOCK: tl.constexpr):
     """Distance of mapped (+ bias) to the target over the rows first ... last - 1, its sign. Grid (cdiv((last - first) D, BLOCK),).
 
-    mapped: float32 [last - first, D]. losses: float32, one per program, from place on.
+    mapped: float32 [last - first, D]. losses: float32, one per program, from place on. COUNTED: as in `map_forward`.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)     # a chunk's elements fit into 32 bits
     inside = i < (last - first) * D
@@ -154,6 +165,9 @@ def distance(mapped, target, bias, sign, losses, first, last, place, coefficient
     at = first.to(tl.int64) * D + i
     difference = tl.load(mapped + i, mask=inside, other=0.0) + rounded(tl.load(bias + i % D), kind).to(tl.float32)
     difference -= tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+    if COUNTED:
+        difference = tl.where(at < tl.load(counted) * D, difference, 0.0)
+        coefficient = coefficient * rows_total / tl.load(counted)
     tl.store(sign + at, (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8), mask=inside)
     tl.store(losses + place + tl.program_id(0), coefficient * tl.sum(tl.where(inside, tl.abs(difference), 0.0)))
 
@@ -179,9 +193,10 @@ def expand_signs(factor, sign, grad_target, signs, sums, first, last, D: tl.cons
 
 
 def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor],
-            coefficient: Sequence[float]) -> list[Tensor]:
+            coefficient: Sequence[float], counted: Tensor | None = None) -> list[Tensor]:
     """x, target: M [N, D_j]; weight [D_j, D_j], bias [D_j]; x and target of one dtype (float32, bfloat16, float16),
-    weight and bias both of that or of float32; M coefficients.
+    weight and bias both of that or of float32; M coefficients, of means over N rows. counted: int64, 0-dimensional, on the device: only the
+    first so many rows count, and the means are over them.
 
     Returns the loss, float32, 0-dimensional, and M signs int8 [N, D_j].
     """
@@ -191,7 +206,7 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
     if rows == 0:
         return [x[0].new_zeros((), dtype=torch.float32), *sign]
     if common.through_library(x[0].dtype, rows):
-        return [forward_through_library(x, target, weight, bias, coefficient, sign), *sign]
+        return [forward_through_library(x, target, weight, bias, coefficient, counted, sign), *sign]
     meta = constants(x[0].dtype)
     launches = []
     programs = 0
@@ -205,13 +220,13 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
             mine = partial(common.pick, group)
             map_forward[grid](
                 mine(x), mine(target), mine(weight), mine(bias),
-                mine(sign), losses[first:], rows, coefficient[group[0]], D=x[group[0]].shape[1],
-                COUNT=len(group), **meta)
+                mine(sign), losses[first:], counted, rows, coefficient[group[0]], COUNTED=counted is not None,
+                D=x[group[0]].shape[1], COUNT=len(group), **meta)
     return [losses.sum(), *sign]
 
 
 def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[Tensor], bias: list[Tensor],
-                            coefficient: Sequence[float], sign: list[Tensor]) -> Tensor:
+                            coefficient: Sequence[float], counted: Tensor | None, sign: list[Tensor]) -> Tensor:
     """The loss; fills sign."""
     launches, programs = [], 0
     for j, x_j in enumerate(x):
@@ -228,8 +243,8 @@ def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[
             n = last - first
             common.product(x[j][first:last], right, mapped[:n])
             distance[(triton.cdiv(n * width, FLAT),)](
-                mapped, target[j], bias[j], sign[j], losses, first, last, place, coefficient[j], D=width, BLOCK=FLAT, num_warps=4,
-                enable_fp_fusion=True)
+                mapped, target[j], bias[j], sign[j], losses, counted, x[j].shape[0], first, last, place, coefficient[j],
+                COUNTED=counted is not None, D=width, BLOCK=FLAT, num_warps=4, enable_fp_fusion=True)
     return losses.sum()
 
 
@@ -237,8 +252,8 @@ def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[
 
 
 def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor],
-             coefficient: Sequence[float]) -> list[Tensor]:
-    """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`.
+             coefficient: Sequence[float], counted: Tensor | None = None) -> list[Tensor]:
+    """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`; counted: what that was given.
 
     Returns the gradients of x and target in the dtype of x, of weight and bias in that of weight, M each.
     """
@@ -254,6 +269,7 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
             t.zero_()
         return results
     if common.through_library(x[0].dtype, rows):
+        grad_loss = grad_loss if counted is None else grad_loss.to(torch.float32) * rows / counted
         backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
         return results
     meta = constants(x[0].dtype)
@@ -268,8 +284,8 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
             gradients = x[0].new_empty((splits, count, length), dtype=torch.float32)
             map_backward[(row_blocks * count * blocks + splits * count * blocks * blocks,)](
                 grad_loss, mine(x), mine(sign), mine(weight),
-                mine(grad_x), mine(grad_target), gradients, rows, row_blocks, splits,
-                coefficient[group[0]], D=width, COUNT=count, LENGTH=length, **meta)
+                mine(grad_x), mine(grad_target), gradients, counted, rows, row_blocks, splits,
+                coefficient[group[0]], COUNTED=counted is not None, D=width, COUNT=count, LENGTH=length, **meta)
             common.reduce(gradients, [mine(grad_weight), mine(grad_bias)])
     return results
 

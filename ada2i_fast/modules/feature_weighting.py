@@ -89,7 +89,7 @@ class FeatureWeighting(nn.Module):
     feature_reduction: "sum" | "mean" over modalities.  backend: as in `ada2i_fast.ops`.
 
     Called with M tensors [N, D_m], dialogue offsets int64 [B + 1], and rows int64 [] where only the first so many of N count for the
-    feature loss, the others being 0; returns (M tensors [N, D_m], feature_loss).
+    feature loss; returns (M tensors [N, D_m], feature_loss).
     """
 
     def __init__(self, widths: Sequence[int], rank: int, layers: int = 2, beta: float = 0.01, dropout: float = 0.5, *,

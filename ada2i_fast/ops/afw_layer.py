@@ -10,6 +10,7 @@ signs are left, and whose packed rows both sums of products share:
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Sequence
 
 import torch
@@ -74,8 +75,11 @@ class _AFWLayer(torch.autograd.Function):
         else:
             x, parameters, state = inputs[:m], tensors[own:own + cast] or inputs[m:], tensors[own + cast:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
-            grad_loss = grads[m] if rows is None or grads[m] is None else grads[m] / rows * x[0].shape[0]
-            result = backends.module("afw_layer", ctx.served).backward(grad_out, grad_loss, x, offsets, parameters, state, *ctx.settings)
+            layer, grad_loss = backends.module("afw_layer", ctx.served), grads[m]
+            counted = [rows] if _counts_rows(layer, rows) else []
+            if rows is not None and not counted and grad_loss is not None:
+                grad_loss = grad_loss / rows * x[0].shape[0]
+            result = layer.backward(grad_out, grad_loss, x, offsets, parameters, state, *ctx.settings, *counted)
         return None, None, None, None, *result
 
 
@@ -86,8 +90,14 @@ def _forward(served, settings, rows, offsets, x, parameters) -> list:
         result = layer.forward(x, offsets, parameters, *settings)
     else:
         result = layer.forward(x, offsets, parameters, *settings, rows)
-        result[m] = result[m] * x[0].shape[0] / rows
+        if not _counts_rows(layer, rows):
+            result[m] = result[m] * x[0].shape[0] / rows
     return [*result[:m + 1], result[m + 1:]]
+
+
+def _counts_rows(layer: ModuleType, rows: Tensor | None) -> bool:
+    """Whether a backend's layer itself leaves out what lies beyond `rows`, whatever x is there."""
+    return rows is not None and getattr(layer, "COUNTS_ROWS", False)
 
 
 def masked(target: Sequence[Tensor], bias: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
@@ -113,6 +123,8 @@ def _in_torch(tensors, rows, offsets, ring, scale, beta, dropout, seed, gated_ta
                                     beta, dropout, seed, gated_target)
     if rows is None:
         return [*out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)]
+    beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
+    x = [t.masked_fill(beyond, 0.0) for t in x]
     loss = attention_mapping_torch(x, masked(target, phi_bias, rows), phi_weight, phi_bias, coefficient)
     return [*out, loss * x[0].shape[0] / rows]
 
@@ -126,6 +138,7 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
 
     x: M tensors [N, D_j].  proj_weight, proj_bias: 4M tensors [R, D_j] and [R], the projections q1, q2, k1, k2 of modality 0, then of
     1, and so on.  map_weight [D_j, R * R], map_bias [D_j].  phi_weight [D_j, D_j], phi_bias [D_j]: the map of the loss.
+    rows: int64 [], on the device of x: only so many rows count for the loss, whose means are over them; the others get no gradient from it.
     Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding: where a backend
     takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
     not at all.
@@ -134,7 +147,12 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     unmasked = rows is not None and served == "cpu"         # the library has no mask
-    if served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors):
+    separate = served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors)
+    if rows is not None and with_loss and (separate or not _counts_rows(backends.module("afw_layer", served), rows)):
+        beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
+        x = [t.masked_fill(beyond, 0.0) for t in x]
+        tensors[:len(x)] = x
+    if separate:
         weight, bias = stacked(proj_weight, proj_bias)
         out, target = tensor_ring(x, offsets, weight, bias, map_weight, map_bias, ring=ring, scale=scale, beta=beta, dropout=dropout,
                                   seed=seed, gated_target=gated_target, with_target=with_loss, backend=backend)

@@ -352,7 +352,10 @@ def assert_is_the_two_ops(case: Case, drawn, backend: str, **tolerance) -> None:
         rows = torch.tensor(count - 2, device=filled["x"][0].device)
         one, two = (run(case, filled, backend, call=lambda *given: layer(*given, rows=rows)) for layer in (call, two_ops))
         for name, expected in two.items():
-            check(f"{name}, filler left out", one[name], expected)
+            # What x is in filler rows plays no part in the loss, and what its gradient is there is nobody's; N / rows may join c early.
+            found, expected = (t[:-2] if name.startswith("grad x") else t for t in (one[name], expected))
+            torch.testing.assert_close(found, expected, msg=f"{name}, filler left out", **(
+                tolerance or dict(rtol=4 * torch.finfo(expected.dtype).eps, atol=1e-6 * float(expected.abs().max()))))
 
 
 @pytest.fixture
