@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import cases, scaling
+from .cases import MANY, Case, cases, scaling
 from .measure import clock
 
 COMPILED = {("iemocap", "training", "float32"), ("iemocap", "evaluation", "float32"), ("iemocap", "training", "bfloat16"),
@@ -24,3 +24,12 @@ def test_scaling(case, implementation, record):
 
 
 test_scaling.cases = scaling()
+
+
+@pytest.mark.scaling
+@pytest.mark.benchmark(timer=clock)
+def test_many_dialogues(case, implementation, record):
+    record(case, implementation)
+
+
+test_many_dialogues.cases = [Case("afw_layer", MANY, dtype=dtype) for dtype in ("float32", "bfloat16")]

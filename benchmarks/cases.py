@@ -34,6 +34,8 @@ class Shape:
 
 IEMOCAP = Shape("iemocap", "iemocap", (51, 46, 59, 50, 39, 55, 71, 65, 37, 27))
 MELD = Shape("meld", "meld", (33, 3, 14, 5, 9, 2, 11, 6, 8, 5))
+# 1,000 dialogues, as long as those of IEMOCAP.
+MANY = Shape("1000 dialogues", "iemocap", IEMOCAP.lengths * 100)
 MOSEI = Shape("mosei", "mosei7", (7, 3, 12, 5, 9, 1, 6, 22, 4, 8, 2, 10, 5, 7, 3, 14, 6, 4, 9, 2, 8, 5, 11, 3, 6, 17, 4, 7, 5, 2, 8, 9))
 
 

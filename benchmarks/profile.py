@@ -10,6 +10,9 @@ without torch.profiler alternate. Every event's own time (without its children) 
 
 Times are medians over rounds. A part's floor counts as `cases.parts` and is turned into seconds by the rates of `machine`.
 Data preparation is measured as it happens: a training pass over a corpus of the data set's size through `training.batches`.
+
+With --device cuda: a training step as a CUDA graph, its kernels by their names; float32 with TF32 products. Branches of the graph run side by
+side, so the kernels' times add up to more than the step takes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import contextlib
 import datetime
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -47,6 +51,10 @@ OPS = {"linear_forward": FORWARD, "linear_input": INPUT, "linear_backward": WEIG
        "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
+# On a GPU.
+ALL_PRODUCTS, PARTIAL, COPIES = "encoder products", "sums of partial gradients", "everything else"
+LIBRARY = re.compile("gemm|gemv|cutlass|nvjet|splitK")
+CALLS = 10                      # of a step, one after the other, at whose end the host waits
 NORMS = ("aten::_foreach_norm", "aten::linalg_vector_norm", "aten::std", "aten::mean")
 
 
@@ -236,6 +244,57 @@ def measure_case(case: Case, rounds: int) -> list[dict]:
     return rows
 
 
+def parts_of_kernels() -> dict[str, str]:
+    """{name of a kernel of this package: part}."""
+    from triton.runtime import JITFunction
+
+    from ada2i_fast.kernels import attention_mapping, common, cosine_fusion, dialogue_attention, dropout, head_losses, tensor_ring
+
+    found = {"measure_kernel": MEASURE, "measure_tensor_kernel": MEASURE, "settings_kernel": MEASURE, "update_kernel": UPDATE}
+    for module, part in ((tensor_ring, AFW), (attention_mapping, AFW), (dialogue_attention, ATTENTION), (cosine_fusion, FUSION),
+                         (head_losses, FUSION), (dropout, NORM), (common, PARTIAL)):
+        found |= {name: RELU if name.startswith("relu") else part for name, f in vars(module).items()
+                  if isinstance(f, JITFunction) and f.__module__ == module.__name__}
+    return found
+
+
+def measure_kernels(case: Case, rounds: int) -> dict:
+    """A row for a step as a CUDA graph."""
+    own, step = parts_of_kernels(), implementations.build(case, "graph", "cuda").run
+    found, times = [], []
+    for turn in range(rounds + 1):          # one round warms up
+        machine.synchronize("cuda")
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            step()
+        machine.synchronize("cuda")
+        if turn:
+            times.append((time.perf_counter() - start) / CALLS)
+    for _ in range(rounds):
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            step()
+            machine.synchronize("cuda")
+        seconds: dict[str, float] = {}
+        count = 0
+        for event in trace.key_averages():
+            if event.device_time_total:
+                name = event.key.split("(")[0].split("::")[-1]
+                part = own.get(name) or (ALL_PRODUCTS if LIBRARY.search(event.key) else COPIES)
+                seconds[part] = seconds.get(part, 0.0) + event.device_time_total * 1e-6
+                count += event.count
+        found.append(seconds)
+    parts = {part: statistics.median(s.get(part, 0.0) for s in found) for part in (ALL_PRODUCTS, *PARTS[3:11], PARTIAL, COPIES)
+             if any(part in s for s in found)}
+    rate, bandwidth = machine.matrix_rate("cuda", case.dtype), machine.bandwidth("cuda")
+    floors: dict[str, float] = {}
+    for part, work in cases.parts(case).items():
+        name = ALL_PRODUCTS if part in (FORWARD, INPUT, WEIGHT) else part
+        floors[name] = floors.get(name, 0.0) + cases.floor_seconds(*work, rate, bandwidth)
+    return dict(case=case.group, shape=case.shape.name, dtype=case.dtype, implementation="graph", rounds=rounds, kernels=count,
+                step_seconds=statistics.median(times), watched_seconds=sum(parts.values()), parts=parts, floors=floors, matrix_rate=rate,
+                bandwidth=bandwidth)
+
+
 def preparation(shape: cases.Shape, conversations: int, lengths: tuple[int, int]) -> dict:
     """A training pass over `conversations` drawn ones, batches made as training makes them: seconds inside steps and outside."""
     from ada2i_fast import Ada2I, BalancedAdam
@@ -267,13 +326,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="steps with and without the profiler, each (default 7)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     parser.add_argument("-k", default="", help="only the cases whose name holds this")
     options = parser.parse_args(arguments)
-    facts = machine.facts("cpu")            # before anything runs: the load at the start
-    rows = [row for case in CASES if options.k in case.group for row in measure_case(case, options.rounds)]
-    # As many conversations as the data sets train on, or fewer of the same lengths: a pass of some seconds.
-    passes = [preparation(IEMOCAP, 120, (20, 78)), preparation(MELD, 400, (2, 17))]
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    facts = machine.facts(options.device)   # before anything runs: the load at the start
+    chosen = [case for case in CASES if options.k in case.group]
+    if options.device == "cuda":
+        rows, passes = [measure_kernels(case, options.rounds) for case in chosen], []
+    else:
+        rows = [row for case in chosen for row in measure_case(case, options.rounds)]
+        # As many conversations as the data sets train on, or fewer of the same lengths: a pass of some seconds.
+        passes = [preparation(IEMOCAP, 120, (20, 78)), preparation(MELD, 400, (2, 17))]
     report.write(options.results / machine.slug(facts["device"]) / "profile.json", {
         "kind": "profile", "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "environment": facts,
         "preparation": passes}, rows)
