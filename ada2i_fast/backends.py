@@ -16,6 +16,8 @@ op without `backend`; `ring` comes flattened. They return flat lists:
     attention_mapping.backward  gradients of x, target, weight, bias, M each
     cosine_fusion.forward       joint logits, log-probabilities, norms [M, N]; with labels scores and ratio
     cosine_fusion.backward      gradients of hidden, M of them, of weight and, with one, of bias
+    head_losses.forward         log-probabilities; with labels loss and number of rows that have one
+    head_losses.backward        gradients of the joint logits and, with one, of the head's four parameters
 
 `dropout` (relu_forward, relu_backward, norm_forward, norm_backward), `dialogue_attention` and `balanced_adam` (measure, update, on CUDA
 settings, on the CPU modulate), `afw_layer` (both of the above in one call), and on the CPU alone `linear`, are called as their op files say.
@@ -148,10 +150,10 @@ def _fixed(size: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def best(op: str, device: str, dtype: torch.dtype, width: int) -> str:
+def best(op: str, device: str, dtype: torch.dtype, *widths: int) -> str:
     """The backend that serves `op` best, for ops whose caller does not name one; only ADA2I_FAST_BACKEND=torch has a say."""
     forced = "torch" if os.environ.get("ADA2I_FAST_BACKEND") == "torch" else ""
-    return _cached(op, "auto", forced, device, dtype, (width,), 1)
+    return _cached(op, "auto", forced, device, dtype, widths, 1)
 
 
 def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:

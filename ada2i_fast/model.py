@@ -15,7 +15,7 @@ from .balance import modulation_coefficients, spread
 from .batch import Ada2IOutput, DialogueBatch, FixedBatch
 from .config import Ada2IConfig
 from .modules import FeatureWeighting, LSTMEncoder, ModalityWeighting, TransformerEncoder
-from .ops import balanced_adam
+from .ops import balanced_adam, head_losses
 
 __all__ = ["Ada2I"]
 
@@ -84,7 +84,7 @@ class Ada2I(nn.Module):
         model.apply_modulation(ratio)
 
     config: an `Ada2IConfig`, or the released Namespace (released semantics).  backend: which implementation serves AFW,
-    "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders and AMW take the best there is, with "torch" plain PyTorch.
+    "auto" | "torch" | "cpu" | "triton" | "cuda"; the encoders, AMW and the head take the best there is, with "torch" plain PyTorch.
     `side_by_side`: on CUDA the encoders run on streams of their own, parallel branches where a CUDA graph is captured; off by default.
     The state_dict has the released names; the published head adds `net.head`.
     """
@@ -156,16 +156,19 @@ class Ada2I(nn.Module):
             torch._check(real.shape[0] == batch.features[config.modalities[0]].shape[0])
             z = [z_m.index_select(0, real) for z_m in z]
         joint, unimodal, _, ratios = net.fc_out(z, labels)
-        logits = joint if config.head == "none" else net.head(joint)
-        log_prob = F.log_softmax(logits, dim=1)
-
-        ratio = loss = None
-        if labels is not None:
-            ratio = dict(zip(config.modalities, ratios.unbind()))
-            loss = F.nll_loss(log_prob, labels) + feature_loss
-            if config.head != "none":
-                loss = loss + F.cross_entropy(joint, labels)
+        log_prob, loss = self._classified(joint, labels, feature_loss)
+        ratio = None if labels is None else dict(zip(config.modalities, ratios.unbind()))
         return Ada2IOutput(log_prob, feature_loss, dict(zip(config.modalities, unimodal.unbind())), ratio, loss)
+
+    def _classified(self, joint: Tensor, labels: Tensor | None, feature_loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities behind the head, and L_main."""
+        head, widths = None, [self.config.num_classes]
+        if self.config.head != "none":
+            first, _, second = self.net.head
+            head = (first.weight, first.bias, second.weight, second.bias)
+            widths.append(first.out_features)
+        backend = "torch" if self.backend == "torch" else backends.best("head_losses", joint.device.type, joint.dtype, *widths)
+        return head_losses(joint, head, labels, feature_loss, backend=backend)
 
     def _checked(self, batch: DialogueBatch) -> dict[str, Tensor]:
         """The features that the model uses, in its order; shapes are checked, values are the corpus' affair."""
