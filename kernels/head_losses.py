@@ -10,7 +10,7 @@ Backward, one launch without a head, two with one (no float atomics):
     losses_backward   g of the joint logits;  in other programs of the launch partial gradients of the head
     reduce_splits     gradients of the head
 
-Rows take the inner units one by one, in registers, and recompute them; gradients of the head are products of tiles.
+Forward takes the inner units one by one, in registers; backward recomputes them as products of tiles, for which CP pads the classes.
 """
 
 from __future__ import annotations
@@ -165,17 +165,17 @@ def load_gradient(grad_log_prob, grad_loss, labels, log_prob, counted, rows, ins
 
 @triton.jit(do_not_specialize=["rows_total", "row_blocks", "splits"])
 def losses_backward(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2, labels, log_prob, counted, grad_joint, gradients,
-                    rows_total, row_blocks, splits, C: tl.constexpr, CP: tl.constexpr, CD: tl.constexpr, I: tl.constexpr,
-                    LENGTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
+                    rows_total, row_blocks, splits, C: tl.constexpr, CP: tl.constexpr, I: tl.constexpr, LENGTH: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
     """Grid (row_blocks + splits * cdiv(I, BLOCK_I),): first a tile of rows each, then a block of inner units over one split of the rows
     each.
 
-    gradients: float32 [splits, LENGTH], the partial gradients of W_1, b_1, W_2 and b_2 in a row. CP, CD: C padded, CD for tl.dot.
+    gradients: float32 [splits, LENGTH], the partial gradients of W_1, b_1, W_2 and b_2 in a row.
     """
     program = tl.program_id(0)
     if program < row_blocks:
         backward_rows_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2, labels, log_prob, counted, grad_joint,
-                         program.to(tl.int64) * BLOCK_N, rows_total, C, CP, I, BLOCK_N)
+                         program.to(tl.int64) * BLOCK_N, rows_total, C, CP, I, BLOCK_N, BLOCK_I)
     elif weight_1 is not None:
         I_BLOCKS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
         program -= row_blocks
@@ -183,12 +183,23 @@ def losses_backward(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2,
         per_split = (row_blocks + splits - 1) // splits * BLOCK_N
         backward_head_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2, labels, log_prob, counted,
                          gradients + split * LENGTH, split * per_split, tl.minimum((split + 1) * per_split, rows_total),
-                         program % I_BLOCKS * BLOCK_I, C, CD, I, BLOCK_N, BLOCK_I)
+                         program % I_BLOCKS * BLOCK_I, C, CP, I, BLOCK_N, BLOCK_I)
+
+
+@triton.jit
+def load_units(weight_1, bias_1, weight_2, i0, C: tl.constexpr, CP: tl.constexpr, I: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Of inner units i0 ...: W_1 [BLOCK_I, CP], b_1 [BLOCK_I], W_2 [CP, BLOCK_I] in float32, 0 outside."""
+    c = tl.arange(0, CP)
+    i = i0 + tl.arange(0, BLOCK_I)
+    return (tl.load(weight_1 + i[:, None] * C + c[None, :], mask=(i < I)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32),
+            tl.load(bias_1 + i, mask=i < I, other=0.0).to(tl.float32),
+            tl.load(weight_2 + c[:, None] * I + i[None, :], mask=(c < C)[:, None] & (i < I)[None, :], other=0.0).to(tl.float32))
 
 
 @triton.jit
 def backward_rows_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2, labels, log_prob, counted, grad_joint, row, rows_total,
-                     C: tl.constexpr, CP: tl.constexpr, I: tl.constexpr, BLOCK_N: tl.constexpr):
+                     C: tl.constexpr, CP: tl.constexpr, I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The gradient of the joint logits of a tile of rows."""
     c = tl.arange(0, CP)
     rows = row + tl.arange(0, BLOCK_N)
     inside = rows < rows_total
@@ -196,13 +207,13 @@ def backward_rows_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2
     if weight_1 is not None:
         x = load_classes(joint, rows, inside, C, CP)
         total = tl.zeros((BLOCK_N, CP), tl.float32)
-        for i in tl.range(0, I, loop_unroll_factor=4):
-            w_1, b_1, w_2 = load_unit(weight_1, bias_1, weight_2, i, C, CP, I)
-            before = tl.sum(x * w_1[None, :], axis=1) + b_1
-            g_before = tl.where(before <= 0.0, 0.0, tl.sum(g * w_2[None, :], axis=1))
-            total += g_before[:, None] * w_1[None, :]
         if labels is not None:
             total += own_gradient(tl.exp(log_softmax(x, C, CP)), label, factor, C, CP)
+        for i0 in range(0, I, BLOCK_I):
+            w_1, b_1, w_2 = load_units(weight_1, bias_1, weight_2, i0, C, CP, I, BLOCK_I)
+            before = tl.dot(x, tl.trans(w_1), input_precision="ieee") + b_1[None, :]
+            g_before = tl.where(before <= 0.0, 0.0, tl.dot(g, w_2, input_precision="ieee"))
+            total = tl.dot(g_before, w_1, total, input_precision="ieee")
         g = total
     tl.store(grad_joint + rows[:, None] * C + c[None, :], common.rounded(g, grad_joint.dtype.element_ty),
              mask=inside[:, None] & (c < C)[None, :])
@@ -210,35 +221,30 @@ def backward_rows_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2
 
 @triton.jit
 def backward_head_of(grad_log_prob, grad_loss, joint, weight_1, bias_1, weight_2, labels, log_prob, counted, gradients, first, last, i0,
-                     C: tl.constexpr, CD: tl.constexpr, I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
+                     C: tl.constexpr, CP: tl.constexpr, I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
     """Gradients of inner units i0 ... over the rows first ... last - 1; with the first of them that of b_2."""
-    c = tl.arange(0, CD)
+    c = tl.arange(0, CP)
     i = i0 + tl.arange(0, BLOCK_I)
-    at_1 = i[:, None] * C + c[None, :]
-    at_2 = c[:, None] * I + i[None, :]
-    mask_1 = (i < I)[:, None] & (c < C)[None, :]
-    mask_2 = (c < C)[:, None] & (i < I)[None, :]
-    w_1 = tl.trans(tl.load(weight_1 + at_1, mask=mask_1, other=0.0).to(tl.float32))
-    w_2 = tl.load(weight_2 + at_2, mask=mask_2, other=0.0).to(tl.float32)
-    b_1 = tl.load(bias_1 + i, mask=i < I, other=0.0).to(tl.float32)
-    g_1 = tl.zeros((BLOCK_I, CD), tl.float32)
-    g_2 = tl.zeros((CD, BLOCK_I), tl.float32)
+    w_1, b_1, w_2 = load_units(weight_1, bias_1, weight_2, i0, C, CP, I, BLOCK_I)
+    w_1 = tl.trans(w_1)
+    g_1 = tl.zeros((BLOCK_I, CP), tl.float32)
+    g_2 = tl.zeros((CP, BLOCK_I), tl.float32)
     of_bias_1 = tl.zeros((BLOCK_I,), tl.float32)
-    of_bias_2 = tl.zeros((CD,), tl.float32)
+    of_bias_2 = tl.zeros((CP,), tl.float32)
     for row in range(first, last, BLOCK_N):
         rows = row + tl.arange(0, BLOCK_N)
         inside = rows < last
-        x = load_classes(joint, rows, inside, C, CD)
-        g, _, _ = load_gradient(grad_log_prob, grad_loss, labels, log_prob, counted, rows, inside, C, CD)
+        x = load_classes(joint, rows, inside, C, CP)
+        g, _, _ = load_gradient(grad_log_prob, grad_loss, labels, log_prob, counted, rows, inside, C, CP)
         before = tl.dot(x, w_1, input_precision="ieee") + b_1[None, :]
         g_before = tl.where(before <= 0.0, 0.0, tl.dot(g, w_2, input_precision="ieee"))
         g_1 = tl.dot(tl.trans(g_before), x, g_1, input_precision="ieee")
         g_2 = tl.dot(tl.trans(g), relu(before), g_2, input_precision="ieee")
         of_bias_1 += tl.sum(g_before, axis=0)
         of_bias_2 += tl.sum(g, axis=0)
-    tl.store(gradients + at_1, g_1, mask=mask_1)
+    tl.store(gradients + i[:, None] * C + c[None, :], g_1, mask=(i < I)[:, None] & (c < C)[None, :])
     tl.store(gradients + I * C + i, of_bias_1, mask=i < I)
-    tl.store(gradients + I * C + I + at_2, g_2, mask=mask_2)
+    tl.store(gradients + I * C + I + c[:, None] * I + i[None, :], g_2, mask=(c < C)[:, None] & (i < I)[None, :])
     if i0 == 0:
         tl.store(gradients + 2 * I * C + I + c, of_bias_2, mask=c < C)
 
@@ -302,13 +308,12 @@ def backward(grad_log_prob: Tensor | None, grad_loss: Tensor | None, joint: Tens
         inner = head[0].shape[0]
         splits = min(SPLITS, row_blocks)
         gradients = joint.new_empty((splits, 1, sum(t.numel() for t in head)), dtype=torch.float32)
-    padded = max(2, triton.next_power_of_2(classes))
     w_1, b_1, w_2, _ = head or (None,) * 4
     with torch.cuda.device_of(joint):
         losses_backward[(row_blocks + splits * triton.cdiv(inner, block_inner),)](
             grad_log_prob, grad_loss, joint, w_1, b_1, w_2, labels, log_prob, counted, grad_joint, gradients, rows, row_blocks, splits,
-            C=classes, CP=padded, CD=max(16, padded), I=inner, LENGTH=gradients.shape[2] if head else 0, BLOCK_N=block,
-            BLOCK_I=block_inner, num_warps=4, enable_fp_fusion=True)
+            C=classes, CP=max(16, triton.next_power_of_2(classes)), I=inner, LENGTH=gradients.shape[2] if head else 0, BLOCK_N=block,
+            BLOCK_I=block_inner, num_warps=4, num_stages=1, enable_fp_fusion=True)
         if head:
             common.reduce(gradients, [[t] for t in grads])
     return [grad_joint, *grads]
