@@ -26,6 +26,10 @@ from torch import Tensor
 from . import common
 from .common import select
 
+# Rows up to which a program of the forward pass takes 4 of them instead of 16: it walks through all modalities, and 500 rows in blocks of
+# 16 occupy 32 multiprocessors. More than that fill a GPU as they are, and larger blocks read the weight less often.
+FEW_ROWS = 2048
+
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -72,26 +76,26 @@ def fuse_forward(hiddens, weight, bias, labels, joint, log_prob, norms, scores, 
         hidden = select(m, hiddens, M)
         cosine = tl.zeros((BLOCK_N, CP), tl.float32)
         mapped = tl.zeros((BLOCK_N, CP), tl.float32)
-        square = tl.zeros((BLOCK_N,), tl.float32)
-        weight_square = tl.zeros((CP,), tl.float32)
+        square = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)           # summed over the width once, and not per block of it
+        weight_square = tl.zeros((CP, BLOCK_D), tl.float32)
         for d0 in range(0, D, BLOCK_D):
             h = load_rows(hidden, rows, inside, d0, D, BLOCK_D)
             w = load_weight(weight, m, d0, M, D, C, CP, BLOCK_D)
-            square += tl.sum(h * h, axis=1)
+            square += h * h
             if AMW or not LINEAR:
                 v = w
                 if OVER_CLASSES:
                     v = unit_features(w)
                 else:
-                    weight_square += tl.sum(w * w, axis=1)
+                    weight_square += w * w
                 cosine = tl.dot(h, tl.trans(v), cosine, input_precision=PRECISION)
             if LINEAR or not AMW:
                 mapped = tl.dot(h, tl.trans(w), mapped, input_precision=PRECISION)
-        norm = tl.sqrt(square)
+        norm = tl.sqrt(tl.sum(square, axis=1))
         tl.store(norms + m * rows_total.to(tl.int64) + rows, norm, mask=inside)
         cosine *= (scale * inverse(norm))[:, None]
         if not OVER_CLASSES:
-            cosine *= inverse(tl.sqrt(weight_square))[None, :]
+            cosine *= inverse(tl.sqrt(tl.sum(weight_square, axis=1)))[None, :]
         cosine += share[None, :]
         mapped += share[None, :]
         fused += cosine if AMW else mapped
@@ -119,7 +123,7 @@ def sum_scores(partial, scores, ratio, programs, M: tl.constexpr, MP: tl.constex
     whole = tl.sum(score, axis=0)                               # NaN if one of them is
     weakest = tl.where(whole == whole, weakest, whole)
     tl.store(scores + m, score, mask=m < M)
-    tl.store(ratio + m, score / weakest, mask=m < M)
+    tl.store(ratio + m, tl.div_rn(score, weakest), mask=m < M)        # exactly 1 for the weakest: `/` is not exact on a GPU
 
 
 @triton.jit(do_not_specialize=["rows_total", "row_blocks", "splits"])
@@ -289,6 +293,8 @@ def forward(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, label
     if labels is not None:
         results += [weight.new_empty((count,), dtype=torch.float32) for _ in range(2)]
     meta = constants(weight.dtype, classes)
+    if rows <= FEW_ROWS:
+        meta["BLOCK_N"] = 4
     programs = triton.cdiv(rows, meta["BLOCK_N"])
     scores = None if labels is None else weight.new_empty((programs, count), dtype=torch.float32)
     with torch.cuda.device_of(weight):
