@@ -114,6 +114,23 @@ def fusion(dtype: torch.dtype, rows: int, width: int, classes: int, modalities: 
     return forward, backward
 
 
+# ---- head_losses
+def head(dtype: torch.dtype, rows: int, classes: int, inner: int, labels: bool = True, parameters: torch.dtype | None = None,
+         of_log_prob: bool = False) -> tuple[list, list]:
+    """Launches of the head, of no inner units without one, and the losses: (forward, backward)."""
+    from ada2i_fast.kernels import head_losses
+
+    joint, extra = torch.empty(rows, classes, dtype=dtype), torch.empty(())
+    given = [torch.empty(shape, dtype=parameters or dtype) for shape in ((inner, classes), (inner,), (classes, inner), (classes,))]
+    given = given if inner else []
+    y = torch.empty(rows, dtype=torch.int64) if labels else None
+    with recorded() as forward:
+        log_prob, loss, count = (*head_losses.forward(joint, given, y, extra, torch.float32), None, None)[:3]
+    with recorded() as backward:
+        head_losses.backward(log_prob if of_log_prob or not labels else None, loss, joint, given, y, log_prob, count)
+    return forward, backward
+
+
 # ---- the encoders
 def encoder(dtype: torch.dtype, rows: int, dialogues: int, width: int, heads: int, feedforward: int,
             dropout: float = 0.5) -> tuple[list, list]:
@@ -204,6 +221,9 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
             # After attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
             if dataset in DATASETS:
                 launches += sum(fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated), [])
+                # float32 parameters as under autocast; first more rows, so that sum_losses is among them.
+                launches += sum((sum(head(DTYPES[dtype], n, CLASSES[dataset], inner, parameters=torch.float32), [])
+                                 for n, inner in ((5000, 4 * CLASSES[dataset]), (count, 0))), [])
             seen: dict[str, int] = {}
             known = set()
             for kernel, _, args, kwargs in launches:

@@ -168,12 +168,56 @@ def test_fusion_does_not_recompile():
             for _, grid, *_ in launches:
                 assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
     assert len(seen) == 4
+    for launches in resources.fusion(torch.float32, 5_000, 300, 6):
+        seen |= compilations(launches)
+    assert len(seen) == 5       # fuse_forward has blocks of two sizes
+
+
+def test_fusion_fills_a_gpu():
+    (_, grid, *_), _ = resources.fusion(torch.float32, 500, 300, 6)[0]
+    assert grid == (125,)
 
 
 def test_fusion_does_not_synchronise():
     with Watch() as fusion:
         resources.fusion(torch.float32, 500, 300, 6, released=True)
     assert fusion.seen <= {"empty", "empty_like", "new_empty"}, fusion.seen
+
+
+# ---- head_losses
+
+
+@pytest.mark.parametrize("rows", [1, 500, 2048, 2049, 100_000])
+def test_head_launches(rows):
+    """One forward, a second one beyond four blocks of rows; two backward, one without a head; the same kernels whatever the rows."""
+    second = Counter(sum_losses=1) if rows > 2048 else Counter()
+    forward, backward = resources.head(torch.float32, rows, 6, 24)
+    assert names(forward) == Counter(losses_forward=1) + second and names(backward) == Counter(losses_backward=1, reduce_splits=1)
+    programs, = forward[0][1]
+    assert programs == (1 if rows <= 2048 else -(-rows // 512))
+    forward, backward = resources.head(torch.bfloat16, rows, 7, 0)
+    assert names(forward) == Counter(losses_forward=1) + second and names(backward) == Counter(losses_backward=1)
+    assert names(resources.head(torch.float32, rows, 6, 24, labels=False)[0]) == Counter(losses_forward=1)
+
+
+def test_no_head_launch_for_an_empty_batch():
+    assert resources.head(torch.float32, 0, 6, 24) == resources.head(torch.float32, 0, 6, 0, labels=False) == ([], [])
+
+
+def test_head_does_not_recompile():
+    seen = set()
+    for rows in (480, 481, 33, 1, 5_000, 100_000):
+        for launches in resources.head(torch.float32, rows, 6, 24):
+            seen |= compilations(launches)
+            for _, grid, *_ in launches:
+                assert all(n >= 1 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
+    assert len(seen) == 4
+
+
+def test_head_does_not_synchronise():
+    with Watch() as head:
+        resources.head(torch.bfloat16, 5_000, 6, 24, parameters=torch.float32, of_log_prob=True)
+    assert head.seen <= {"empty", "empty_like", "new_empty"}, head.seen
 
 
 def test_resources():

@@ -122,6 +122,23 @@ FUSION = {
     "fusion-bfloat16-published": ("bfloat16", 2, 20, 70, 6, dict()),
 }
 
+# name: (dtype, rows, classes, inner units or 0 without a head, settings), see head_case.
+HEAD = {
+    "head": ("float32", 37, 6, 24, dict()),
+    "head-none": ("float32", 37, 6, 0, dict(log_prob=True)),
+    "head-one-row": ("float32", 1, 2, 3, dict(ignored=0)),
+    "head-two-blocks": ("float32", 600, 7, 28, dict(extra=False)),
+    "head-two-launches": ("float32", 1100, 20, 40, dict(log_prob=True)),
+    "head-two-launches-none": ("float32", 2100, 9, 0, dict()),
+    "head-splits": ("float32", 2500, 2, 5, dict(log_prob=True)),
+    "head-wide": ("float32", 19, 32, 80, dict(log_prob=True)),
+    "head-no-labels": ("float32", 37, 6, 24, dict(labels=False)),
+    "head-float16": ("float16", 50, 6, 24, dict(log_prob=True)),
+    "head-float16-mixed": ("float16", 50, 7, 28, dict(parameters="float32", wide=True)),
+    "head-bfloat16-none": ("bfloat16", 20, 4, 0, dict()),
+    "head-bfloat16-mixed": ("bfloat16", 37, 6, 24, dict(parameters="float32", wide=True, log_prob=True)),
+}
+
 
 # ---------------------------------------------------------------------------------------------------- guarded allocations
 
@@ -379,6 +396,116 @@ def fusion_case(checks: Checks, dtype: str, modalities: int, rows: int, width: i
     for name, a, b, c in zip(names, grads, plain_grads, exact_grads):
         checks.true(f"dtype of {name}", a.dtype == dtype)
         checks.against(name, a, b, c, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- head_losses
+
+
+def head_case(checks: Checks, dtype: str, rows: int, classes: int, inner: int, settings: dict) -> None:
+    """settings: labels, extra; log_prob: it has a gradient, too; ignored: every so many rows have no label; parameters: their dtype; wide:
+    log_prob in float32."""
+    from ada2i_fast.kernels import head_losses
+    from ada2i_fast.ops.head_losses import head_losses_torch
+
+    with_labels, ignored = settings.get("labels", True), settings.get("ignored", 5)
+    of_log_prob = settings.get("log_prob", False) or not with_labels
+    dtype, parameters = getattr(torch, dtype), getattr(torch, settings.get("parameters", dtype))
+    stored = torch.float32 if settings.get("wide") else dtype
+    g = encoder_cases.generator().manual_seed(rows + classes)
+
+    def draw(*shape, of=dtype):
+        return torch.randn(shape, generator=g).to(of)
+
+    joint = draw(rows, classes)
+    head = [(size * draw(*shape)).to(parameters) for size, shape in (
+        (classes ** -0.5, (inner, classes)), (1.0, (inner,)), (inner ** -0.5, (classes, inner)), (1.0, (classes,)))] if inner else []
+    labels = torch.randint(0, classes, (rows,), generator=g) if with_labels else None
+    if with_labels and ignored:
+        labels[::ignored] = -100
+    extra = draw(of=torch.float32) if with_labels and settings.get("extra", True) else None
+    grad_log_prob, grad_loss = draw(rows, classes, of=stored) / rows if of_log_prob else None, draw(of=torch.float32)
+
+    def oracle(precision: torch.dtype):
+        leaves = [t.to(precision).requires_grad_() for t in (joint, *head)]
+        log_prob, loss = head_losses_torch(leaves[0], leaves[1:], labels, None if extra is None else extra.to(precision))
+        given = [(t, grad.to(t)) for t, grad in ((log_prob, grad_log_prob), (loss, grad_loss)) if t is not None and grad is not None]
+        grads = torch.autograd.grad([t for t, _ in given], leaves, [grad for _, grad in given])
+        return [log_prob.detach(), *([] if loss is None else [loss.detach()])], grads
+
+    exact, exact_grads = oracle(torch.float64)
+    plain, plain_grads = oracle(dtype)
+    overwritten: list = []
+    x, head_in = inside_nan(joint), [inside_nan(t) for t in head]
+    y, e = (None if t is None else inside_nan(t) for t in (labels, extra))
+    with poisoned(overwritten):
+        log_prob, *of_labels = head_losses.forward(x, head_in, y, e, stored)
+        grads = head_losses.backward(None if grad_log_prob is None else inside_nan(grad_log_prob),
+                                     inside_nan(grad_loss) if with_labels else None, x, head_in, y, log_prob,
+                                     of_labels[1] if with_labels else None)
+    checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+    checks.true("dtypes", log_prob.dtype == stored and all(t.dtype == torch.float32 and not t.dim() for t in of_labels))
+    checks.against("log_prob", log_prob, plain[0], exact[0], stored)
+    if with_labels:
+        checks.true("count", of_labels[1].item() == (labels != -100).sum().item())
+        checks.against("loss", of_labels[0], plain[1], exact[1], torch.float32)
+    names = ["grad joint", "grad W_1", "grad b_1", "grad W_2", "grad b_2"]
+    checks.true("all gradients", len(grads) == len(exact_grads))
+    for name, a, b, c, t in zip(names, grads, plain_grads, exact_grads, (joint, *head)):
+        checks.true(f"dtype of {name}", a.dtype == t.dtype)
+        checks.against(name, a, b, c, dtype)
+
+
+def head_edges_case(checks: Checks) -> None:
+    """No row with a label, labels that are no class, NaN, strides, an empty batch; and the op around the kernels."""
+    from ada2i_fast.kernels import head_losses
+    from ada2i_fast.ops.head_losses import head_losses as op, head_losses_torch
+
+    g = encoder_cases.generator().manual_seed(6)
+    joint, labels, extra = torch.randn(9, 4, generator=g), torch.arange(9) % 4, torch.tensor(0.25)
+    head = [torch.randn(shape, generator=g) for shape in ((6, 4), (6,), (4, 6), (4,))]
+    one = torch.tensor(1.0)
+    for own in (head, []):
+        none = torch.full_like(labels, -100)
+        log_prob, loss, count = head_losses.forward(joint, own, none, extra, torch.float32)
+        grads = head_losses.backward(None, one, joint, own, none, log_prob, count)
+        checks.true("no labels: NaN, gradients of 0", bool(loss.isnan()) and count == 0 and not any(t.any() for t in grads))
+        for away in (4, -1, 2 ** 40):
+            other = labels.clone()
+            other[3] = away
+            log_prob, loss, count = head_losses.forward(joint, own, other, extra, torch.float32)
+            checks.true(f"label {away}", bool(loss.isnan()) and bool(log_prob.isfinite().all()))
+        broken = joint.clone()
+        broken[5, 1] = float("nan")
+        dropped = labels.clone()
+        dropped[5] = -100
+        for y in (labels, dropped):
+            log_prob, loss, _ = head_losses.forward(broken, own, y, extra, torch.float32)
+            checks.true("NaN stays in its row", log_prob.isnan().any(1).tolist() == [n == 5 for n in range(9)] and
+                        bool(loss.isnan()) == (y is labels))
+        strided = [t.t().contiguous().t() if t.dim() == 2 else t for t in (joint, *own)]
+        expected, found = (head_losses.forward(t[0], t[1:], labels, extra, torch.float32) for t in ([joint, *own], strided))
+        checks.true("any strides", all(torch.equal(a, b) for a, b in zip(found, expected)))
+        checks.true("any strides, gradients", all(torch.equal(*pair) for pair in zip(*(
+            head_losses.backward(joint.t().contiguous().t(), one, t[0], t[1:], labels.repeat_interleave(2)[::2], *expected[::2])
+            for t in ([joint, *own], strided)))))
+        log_prob, loss, count = head_losses.forward(joint[:0], own, labels[:0], extra, torch.float32)
+        grads = head_losses.backward(None, one, joint[:0], own, labels[:0], log_prob, count)
+        checks.true("empty", log_prob.shape == (0, 4) and bool(loss.isnan()) and count == 0 and not any(t.any() for t in grads) and
+                    [t.shape for t in grads] == [(0, 4), *(t.shape for t in own)])
+
+        def run(call, create_graph):
+            leaves = [t.clone().requires_grad_() for t in (extra, joint, *own)]
+            log_prob, loss = call(leaves[1], leaves[2:], labels, leaves[0])
+            grads = torch.autograd.grad(3.0 * loss + log_prob[0].square().sum(), leaves, create_graph=create_graph)
+            second = torch.autograd.grad(grads[1].square().sum(), leaves[1:]) if create_graph else ()
+            return [log_prob, loss, *grads, *second]
+
+        for create_graph in (False, True):
+            pairs = zip(*(run(call, create_graph) for call in (lambda *t: op(*t, backend="triton"), head_losses_torch)))
+            checks.true(f"the op, create_graph {create_graph}", all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs))
+    checks.true("classes", "33 classes" in head_losses.why_not(joint.device.type, torch.float32, (33,)))
+    checks.true("inner units", "1025 inner" in head_losses.why_not(joint.device.type, torch.float32, (6, 1025)))
+    checks.true("float64", "float64" in head_losses.why_not(joint.device.type, torch.float64, (6, 24)))
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
@@ -679,6 +806,9 @@ def cases(slow: bool) -> dict:
     found["fusion-zeros"] = fusion_zeros_case
     for name, arguments in FUSION.items():
         found[name] = lambda checks, arguments=arguments: fusion_case(checks, *arguments)
+    found["head-edges"] = head_edges_case
+    for name, arguments in HEAD.items():
+        found[name] = lambda checks, arguments=arguments: head_case(checks, *arguments)
     for name, arguments in {**encoder_cases.FUSED, **(encoder_cases.SLOW_FUSED if slow else {})}.items():
         found[name] = lambda checks, arguments=arguments: fused_case(checks, *arguments)
     for name, arguments in {**encoder_cases.ATTENTION, **(encoder_cases.SLOW_ATTENTION if slow else {})}.items():
