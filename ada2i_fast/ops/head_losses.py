@@ -138,7 +138,8 @@ def head_losses(joint: Tensor, head: Sequence[Tensor] | None = None, labels: Ten
         inner = head[0].shape[0] if head[0].dim() else 0
         shapes = [(inner, classes), (inner,), (classes, inner), (classes,)]
         if [tuple(t.shape) for t in head] != shapes:
-            raise ValueError(f"head: expected [I, {classes}], [I], [{classes}, I], [{classes}] or None, got {[list(t.shape) for t in head]}")
+            found = [list(t.shape) for t in head]
+            raise ValueError(f"head: expected [I, {classes}], [I], [{classes}, I], [{classes}] or None, got {found}")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != joint.shape[:1]):
         kind = str(labels.dtype).removeprefix("torch.")
         raise ValueError(f"labels: expected int64 [{rows}] or None, got {kind} {list(labels.shape)}")
