@@ -47,7 +47,7 @@ PARTS = (FORWARD, INPUT, WEIGHT, ATTENTION, RELU, NORM, ENCODER, AFW, FUSION, ME
 # By the beginning of the name of a registered op or, where a node calls the CPU's library itself, of its function; one that is not here
 # is a part of its own.
 OPS = {"linear_forward": FORWARD, "linear_input": INPUT, "linear_backward": WEIGHT, "tensor_ring": AFW, "attention_mapping": AFW,
-       "cosine_fusion": FUSION, "relu_dropout": RELU, "dropout_norm": NORM, "dialogue_attention": ATTENTION,
+       "cosine_fusion": FUSION, "head_losses": FUSION, "relu_dropout": RELU, "dropout_norm": NORM, "dialogue_attention": ATTENTION,
        "balanced_adam_measure": MEASURE, "balanced_adam_settings": MEASURE, "balanced_adam_update": UPDATE}
 # Matrix products by name, with the place of the left operand among the inputs and whether the right one comes transposed.
 PRODUCTS = {"aten::mm": (0, False), "aten::addmm": (1, False), "mkldnn::_linear_pointwise": (0, True)}
