@@ -26,8 +26,8 @@ from . import common
 
 MAX_CLASSES = 32
 MAX_INNER = 1024
-WALK = 4            # blocks of rows that one program walks through, sooner than that a second launch adds up
-ELEMENTS = 4096     # of a block of rows, forward: 8 per thread
+WALK = 8            # blocks of rows that one program walks through, sooner than that a second launch adds up
+ELEMENTS = 2048     # of a block of rows, forward: 8 per thread
 SPLITS = 128        # most partial gradients of the head: they are small, and with fewer many rows would wait for few programs
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -100,7 +100,7 @@ def losses_forward(joint, weight_1, bias_1, weight_2, bias_2, labels, extra, log
         logits = x
         if weight_1 is not None:
             logits = tl.zeros((BLOCK_N, CP), tl.float32) + tl.load(bias_2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            for i in tl.range(0, I, loop_unroll_factor=4):
+            for i in tl.range(0, I, loop_unroll_factor=2):
                 w_1, b_1, w_2 = load_unit(weight_1, bias_1, weight_2, i, C, CP, I)
                 logits += relu(tl.sum(x * w_1[None, :], axis=1) + b_1)[:, None] * w_2[None, :]
         logits = log_softmax(logits, C, CP)
@@ -280,7 +280,7 @@ def forward(joint: Tensor, head: Sequence[Tensor], labels: Tensor | None, extra:
     w_1, b_1, w_2, b_2 = head or (None,) * 4
     with torch.cuda.device_of(joint):
         losses_forward[(programs,)](joint, w_1, b_1, w_2, b_2, labels, extra, log_prob, partial, loss, counted, rows, per_program,
-                                    C=classes, CP=padded, I=w_1.shape[0] if head else 0, BLOCK_N=block, num_warps=16,
+                                    C=classes, CP=padded, I=w_1.shape[0] if head else 0, BLOCK_N=block, num_warps=8,
                                     enable_fp_fusion=True)
         if labels is not None and programs > 1:
             sum_losses[(1,)](partial, extra, loss, counted, programs, HEAD=bool(head), BLOCK=128, num_warps=4, enable_fp_fusion=True)

@@ -189,12 +189,12 @@ def test_fusion_does_not_synchronise():
 
 @pytest.mark.parametrize("rows", [1, 500, 2048, 2049, 100_000])
 def test_head_launches(rows):
-    """One forward, a second one beyond four blocks of rows; two backward, one without a head; the same kernels whatever the rows."""
+    """One forward, a second one beyond eight blocks of rows; two backward, one without a head; the same kernels whatever the rows."""
     second = Counter(sum_losses=1) if rows > 2048 else Counter()
     forward, backward = resources.head(torch.float32, rows, 6, 24)
     assert names(forward) == Counter(losses_forward=1) + second and names(backward) == Counter(losses_backward=1, reduce_splits=1)
     programs, = forward[0][1]
-    assert programs == (1 if rows <= 2048 else -(-rows // 512))
+    assert programs == (1 if rows <= 2048 else -(-rows // 256))
     forward, backward = resources.head(torch.bfloat16, rows, 7, 0)
     assert names(forward) == Counter(losses_forward=1) + second and names(backward) == Counter(losses_backward=1)
     assert names(resources.head(torch.float32, rows, 6, 24, labels=False)[0]) == Counter(losses_forward=1)
