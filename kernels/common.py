@@ -13,7 +13,9 @@ room for the one partial block, so dialogues never share an index and N // BLOCK
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import ContextManager, Iterable, Sequence
 
 import torch
 import triton
@@ -25,12 +27,13 @@ from ada2i_fast.ops.dropout import threshold
 MAX_RANK = 32
 MAX_PARTS = 32      # partial sums per dialogue: bounds what a reader adds up, so long dialogues stay linear
 MAX_SPLITS = 32     # partial weight gradients
-# Rows from which on dense products go through the library (cuBLAS), by `precision`. Below, few launches win: a call of one
-# AFW layer makes 5 to 8 instead of about 50, at some 5 us each from the host and 1 to 2 us in a CUDA graph, while the fused
-# kernels spend per 1000 rows (H100, 3 modalities, D 300, R 11) 0.4 ms in "ieee" and 0.1 ms in "tf32" and 16 bits.
+# Rows from which on dense products go through the library (cuBLAS), by `precision`. Below, few launches win: one AFW layer takes
+# 8 forward and backward instead of several dozens, at 5 us and more each from the host and 1 to 2 us in a CUDA graph, while the
+# fused kernels spend per 1000 rows (H100, 3 modalities, D 300, R 11) 0.4 ms in "ieee" and 0.1 ms in "tf32" and 16 bits.
 LIBRARY_ROWS = {"ieee": 4096, "tf32": 8192}
-# Bytes of a scratch array between two launches: rows are worked off in chunks of so much, for the second-level cache to keep.
-SCRATCH = 2 ** 25
+# Bytes of one modality's share of a scratch array between two launches: bounds memory at very many rows, which are then worked off
+# in chunks. 100,000 rows of 300 float32 are one chunk: launches cost more than the second-level cache would save.
+SCRATCH = 2 ** 27
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -161,28 +164,42 @@ def column_tile(first, last, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]]) -> None:
-    """partial: float32 [splits, G, >= sum of sizes]; outputs: kinds of G tensors each, in the order of the columns."""
+def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]], block: int = 32, together: int = 64) -> None:
+    """partial: float32 [splits, G, >= sum of sizes]; outputs: kinds of G tensors each, in the order of the columns.
+
+    Tiles [together, block] are small: as many programs as possible, each with few loads one after the other.
+    """
     splits, group, length = partial.shape
     bounds = [0]
     for kind in outputs:
         bounds.append(bounds[-1] + kind[0].numel())
-    block = 32          # small tiles: as many programs as possible, each with few loads one after the other
     reduce_splits[(triton.cdiv(length, block), group)](
         partial, tuple(t for kind in outputs for t in kind), splits, LENGTH=length, BOUNDS=tuple(bounds), KINDS=len(outputs),
-        GROUP=group, BLOCK=block, TOGETHER=64, num_warps=4, enable_fp_fusion=True)
+        GROUP=group, BLOCK=block, TOGETHER=together, num_warps=4, enable_fp_fusion=True)
 
 
-def groups(keys: Iterable) -> list[tuple[int, ...]]:
+def groups(keys: Iterable) -> tuple[tuple[int, ...], ...]:
     """Positions of equal keys, one group per launch, in order of first appearance."""
+    return _groups(tuple(keys))
+
+
+@lru_cache(maxsize=256)
+def _groups(keys: tuple) -> tuple[tuple[int, ...], ...]:
     found: dict = {}
     for position, key in enumerate(keys):
         found.setdefault(key, []).append(position)
-    return [tuple(positions) for positions in found.values()]
+    return tuple(tuple(positions) for positions in found.values())
 
 
 def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
-    return [[t.contiguous() for t in tensors] for tensors in lists]
+    return [[t if t.is_contiguous() else t.contiguous() for t in tensors] for tensors in lists]
+
+
+def device_of(t: Tensor) -> ContextManager:
+    """`torch.cuda.device_of`, for nothing where that device is the current one."""
+    if t.is_cuda and t.get_device() != torch.cuda.current_device():
+        return torch.cuda.device_of(t)
+    return nullcontext()
 
 
 def pick(group: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -226,16 +243,18 @@ def chunks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b through the library; a and b of one dtype, out of that or float32, sums in float32.
+    """out = a b through the library, or a batch of them; a and b of one dtype, out of that or float32, sums in float32.
 
     `out=` besides: it is what autocast leaves alone.
     """
     if not a.is_cuda:                           # the interpreter's: 16-bit products there may sum in 16 bits
         out.copy_(a.float() @ b.float())
-    elif a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
+        return
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    if a.dtype == out.dtype:
+        multiply(a, b, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        multiply(a, b, out_dtype=out.dtype, out=out)
 
 
 def total(parts: Tensor) -> Tensor:
@@ -251,6 +270,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.addmm(out, a, b, out=out)
 
 
+@lru_cache(maxsize=64)
 def dropout_arguments(dropout: float) -> dict:
     return {"THRESHOLD": threshold(dropout), "DROPOUT": dropout > 0.0}
 

@@ -12,7 +12,8 @@ Backward, three: g_C is a sum over a dialogue, the weight gradients are sums ove
     backward_weights   g_A, g_q1 .. g_k2, g_x and partial g_P, g_p;  in other programs of the launch partial g_W, g_c
     reduce_splits      g_P, g_p, g_W, g_c
 
-From `common.LIBRARY_ROWS` rows on dense products go through the library, and kernels do the rest, each reading an array once:
+From `common.LIBRARY_ROWS` rows on dense products go through the library, and kernels do the rest, each reading an array once; what is
+of one width takes one launch, products of the maps too:
 
     project            as above; with "ieee" products the library makes q1 .. k2, and sum_cores the parts
     average_cores      A
@@ -22,10 +23,10 @@ From `common.LIBRARY_ROWS` rows on dense products go through the library, and ke
 
     contract_cores     w
     gate_gradients     g_att, the gate's share of g_x; library: S = g_att W
-    outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F
+    outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F over SPLITS parts of the rows, summed by unpack_map
     sum_cores          sum v g_w^T of each part of a dialogue
     average_cores      g_A
-    core_gradients     g_q1 .. g_k2 and partial g_p; library: g_x += g_q P, g_P = g_q^T x
+    core_gradients     g_q1 .. g_k2 and partial g_p, summed by reduce_splits; library: g_x += g_q P, g_P = g_q^T x
 
 The map R^2 -> D is a product whose left factor u_k w_o is made in registers, KB values of k at a time. RP pads R for products
 over R (tensor cores want 16), RO pads o inside the map, where 8 will do.
@@ -33,7 +34,7 @@ over R (tensor cores want 16), RO pads o inside the map, where 8 will do.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Sequence
 
 import torch
@@ -45,6 +46,7 @@ from . import common
 from .common import column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
+SPLITS = 16                          # parts of the rows in [g_W, g_c]: its few tiles alone would leave most multiprocessors idle
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -300,11 +302,12 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
                   vectors, partial, seed, dialogues, tiles, rows_total, scale, beta, keep_scale,
                   D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
                   RING: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, MAX_PARTS: tl.constexpr,
-                  HAS_TARGET: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr,
-                  OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                  HAS_TARGET: tl.constexpr, INTO: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+                  THRESHOLD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
     """Grid (tiles, COUNT), as `project`. averages: all M; other tuples: the group.
 
-    grad_xs receive the gate's share, g_gated (att + beta); grad_attention [COUNT, N, D] in the dtype of x;
+    grad_xs receive the gate's share, g_gated (att + beta), INTO: added to what is there; grad_attention [COUNT, N, D] in the dtype of x;
     vectors: float32 [COUNT, N, 3 R], g_u, g_v (without the means' share) and w; partial: float32 [M, tiles, R, R], the
     parts of g_C.
     """
@@ -341,6 +344,8 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
             mask = inside[:, None] & (d < D)[None, :]
             g_att, g_x = through_gate(grad_out, select(local, grad_targets, COUNT), x, attention, at, mask, seed, j, rows, d0, beta,
                                       keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+            if INTO:
+                g_x += tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_attention + at, g_att.to(kind), mask=mask)
             tl.store(grad_x + at, g_x.to(kind), mask=mask)
         # Other threads of the program read what these wrote.
@@ -549,24 +554,57 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
 
 
 @triton.jit
-def pack_map(weights, biases, packed, D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
-             BLOCK: tl.constexpr):
-    """[W, c, 0 ..] in the dtype of x: [D, COLUMNS]. Grid (cdiv(D * COLUMNS, BLOCK), COUNT)."""
-    to = select(tl.program_id(1), packed, COUNT)
-    kind = to.dtype.element_ty
+def pack_map(weights, biases, projections, maps, narrowed, D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+             COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """maps: [W, c, 0 ..] in the dtype of x, [COUNT, D, COLUMNS]; narrowed: P in that dtype, [COUNT, 4 R, D].
+
+    Grid (cdiv(D * COLUMNS, BLOCK) + cdiv(4 * R * D, BLOCK), COUNT), without the second summand where P is there already.
+    """
+    MAP_BLOCKS: tl.constexpr = (D * COLUMNS + BLOCK - 1) // BLOCK
+    local = tl.program_id(1)
+    kind = maps.dtype.element_ty
+    if tl.program_id(0) < MAP_BLOCKS:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        d = i // COLUMNS
+        column = i % COLUMNS
+        value = rounded(tl.load(select(local, weights, COUNT) + d * (R * R) + column, mask=(d < D) & (column < R * R), other=0.0), kind)
+        bias = rounded(tl.load(select(local, biases, COUNT) + d, mask=(d < D) & (column == R * R), other=0.0), kind)
+        tl.store(maps + local * (D * COLUMNS) + i, tl.where(column == R * R, bias, value), mask=d < D)
+    else:
+        i = (tl.program_id(0) - MAP_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < 4 * R * D
+        projection = tl.load(select(local, projections, COUNT) + i, mask=inside, other=0.0)
+        tl.store(narrowed + local * (4 * R * D) + i, rounded(projection, kind), mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def unpack_map(partial, grad_weights, grad_biases, parts, D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+               SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """g_W and g_c, sums of partial: float32 [parts, COUNT, SPLITS, D, COLUMNS]. Grid (cdiv(D * COLUMNS, BLOCK), COUNT)."""
+    local = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = i // COLUMNS
     column = i % COLUMNS
-    value = rounded(tl.load(select(tl.program_id(1), weights, COUNT) + d * (R * R) + column, mask=(d < D) & (column < R * R),
-                            other=0.0), kind)
-    bias = rounded(tl.load(select(tl.program_id(1), biases, COUNT) + d, mask=(d < D) & (column == R * R), other=0.0), kind)
-    tl.store(to + i, tl.where(column == R * R, bias, value), mask=d < D)
+    inside = (d < D) & (column <= R * R)
+    total = tl.zeros((BLOCK,), tl.float32)
+    split = local * SPLITS + tl.arange(0, SPLITS)
+    at = partial + split[:, None] * (D * COLUMNS) + i[None, :]
+    for _ in range(parts):
+        total += tl.sum(tl.load(at, mask=inside[None, :], other=0.0), axis=0)
+        at += COUNT * SPLITS * D * COLUMNS
+    weight = select(local, grad_weights, COUNT)
+    tl.store(weight + d * (R * R) + column, rounded(total, weight.dtype.element_ty), mask=inside & (column < R * R))
+    bias = select(local, grad_biases, COUNT)
+    tl.store(bias + d, rounded(total, bias.dtype.element_ty), mask=inside & (column == R * R))
 
 
-@triton.jit(do_not_specialize=["dialogues", "tiles"])
-def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total"])
+def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, rows_total, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
               MAX_PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, M). partial: float32 [M, tiles, R, R]."""
+    """Sum u v^T (BACKWARD: v g_w^T) of each part of a dialogue. Grid (tiles, M).
+
+    vectors: float32 [M, N, 3 R], of `outer_rows`; partial: float32 [M, tiles, R, R].
+    """
     tile = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
     proj = select(j, projections, M)
@@ -583,7 +621,7 @@ def sum_cores(projections, vectors, offsets, partial, dialogues, tiles, R: tl.co
         inside = rows < last
         v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
         if BACKWARD:
-            at = select(j, vectors, M) + rows[:, None] * (3 * R) + R + r[None, :]
+            at = vectors + (j.to(tl.int64) * rows_total + rows)[:, None] * (3 * R) + R + r[None, :]
             g_w = tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0.0)
             sums = tl.dot(tl.trans(v), g_w, sums, input_precision="ieee")
         else:
@@ -613,10 +651,10 @@ def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, s
         store_square(select(j, averages, M) + dialogue * (R * R), mean, R, RP)
 
 
-@triton.jit(do_not_specialize=["dialogues"])
-def contract_cores(projections, vectors, offsets, averages, dialogues, scale, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr,
-                   RING: tl.constexpr, BLOCK_N: tl.constexpr):
-    """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors. Grid (tiles, M)."""
+@triton.jit(do_not_specialize=["dialogues", "rows_total"])
+def contract_cores(projections, vectors, offsets, averages, dialogues, rows_total, scale, R: tl.constexpr, RP: tl.constexpr,
+                   M: tl.constexpr, RING: tl.constexpr, BLOCK_N: tl.constexpr):
+    """w = s C^T v of one block of a dialogue's rows: the last of three columns of vectors, float32 [M, N, 3 R]. Grid (tiles, M)."""
     j = tl.program_id(1)
     proj = select(j, projections, M)
     tile = tl.program_id(0).to(tl.int64)
@@ -630,20 +668,25 @@ def contract_cores(projections, vectors, offsets, averages, dialogues, scale, R:
     if M > 1:
         w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee"), input_precision="ieee")
     r = tl.arange(0, RP)
-    at = select(j, vectors, M) + rows[:, None] * (3 * R) + 2 * R + r[None, :]
+    at = vectors + (j.to(tl.int64) * rows_total + rows)[:, None] * (3 * R) + 2 * R + r[None, :]
     tl.store(at, scale * w, mask=inside[:, None] & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "last"])
-def outer_rows(proj, vectors, products, factors, first, last, scale, R: tl.constexpr, RO: tl.constexpr, COLUMNS: tl.constexpr,
-               BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """F of the rows first ... last - 1, [last - first, COLUMNS]: u_k w_o in column k R + o, then 1, then 0.
+@triton.jit(do_not_specialize=["rows_total", "first", "last", "padded"])
+def outer_rows(projections, vectors, products, factors, rows_total, first, last, padded, scale, R: tl.constexpr, RO: tl.constexpr,
+               COLUMNS: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """F of the rows first ... last - 1, [COUNT, padded, COLUMNS]: u_k w_o in column k R + o, then 1, then 0; u w = 0 from last on.
 
-    BACKWARD: from products, S in the same columns, g_u and s g_w too, the first two of three columns of vectors. Grid
-    (cdiv(last - first, BLOCK_N),).
+    BACKWARD: from products, S in the same places, g_u and s g_w too, the first two of three columns of vectors, float32
+    [M, N, 3 R]. Grid (cdiv(padded, BLOCK_N), COUNT).
     """
+    group = tl.program_id(1)
+    proj = select(group, projections, COUNT)
+    vectors += lookup(group, GROUP, COUNT, 1, 0).to(tl.int64) * rows_total * (3 * R)
+    place = group.to(tl.int64) * padded * COLUMNS
+    factors += place
     kind = factors.dtype.element_ty
-    local = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)          # a chunk's elements fit into 32 bits
     rows = first.to(tl.int64) + local
     inside = rows < last
     k = tl.arange(0, RO)
@@ -652,43 +695,58 @@ def outer_rows(proj, vectors, products, factors, first, last, scale, R: tl.const
     mask_row = inside[:, None] & (k < R)[None, :]
     w = tl.load(at_row + 2 * R, mask=mask_row, other=0.0)
     at = local[:, None, None] * COLUMNS + (k[:, None] * R + k[None, :])[None, :, :]
-    mask = inside[:, None, None] & ((k < R)[:, None] & (k < R)[None, :])[None, :, :]
+    mask = (local < padded)[:, None, None] & ((k < R)[:, None] & (k < R)[None, :])[None, :, :]
     tl.store(factors + at, rounded(u[:, :, None] * w[:, None, :], kind), mask=mask)
     PAD: tl.constexpr = 8
     pad = R * R + tl.arange(0, PAD)
     one = tl.where(pad == R * R, 1.0, 0.0)[None, :] + tl.zeros((BLOCK_N, PAD), tl.float32)
-    tl.store(factors + local[:, None] * COLUMNS + pad[None, :], one.to(kind), mask=inside[:, None] & (pad < COLUMNS)[None, :])
+    tl.store(factors + local[:, None] * COLUMNS + pad[None, :], one.to(kind), mask=(local < padded)[:, None] & (pad < COLUMNS)[None, :])
     if BACKWARD:
-        s = tl.load(products + at, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(products + place + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at_row, tl.sum(s * w[:, None, :], axis=2), mask=mask_row)
         tl.store(at_row + R, scale * tl.sum(s * u[:, :, None], axis=1), mask=mask_row)
 
 
-@triton.jit(do_not_specialize=["j", "first", "last"])
-def gate_rows(x, attention, target, out, seed, j, first, last, beta, keep_scale, D: tl.constexpr, GATED: tl.constexpr,
-              DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Gate and dropout of the rows first ... last - 1. Grid: see `column_tile`."""
+@triton.jit(do_not_specialize=["first", "last"])
+def gate_rows(xs, attentions, targets, outs, seed, first, last, beta, keep_scale, D: tl.constexpr, COUNT: tl.constexpr,
+              GROUP: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_D: tl.constexpr):
+    """Gate and dropout of the rows first ... last - 1. Grid: see `column_tile`, and COUNT."""
+    local = tl.program_id(1)
+    j = lookup(local, GROUP, COUNT, 1, 0)
     rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
     d = d0 + tl.arange(0, BLOCK_D)
     at = rows[:, None] * D + d[None, :]
     mask = (rows < last)[:, None] & (d < D)[None, :]
-    store_gated(tl.load(attention + at, mask=mask, other=0.0).to(tl.float32), x, target, out, at, mask, seed, j, rows, d0, beta,
-                keep_scale, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+    attention = tl.load(select(local, attentions, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
+    store_gated(attention, select(local, xs, COUNT), select(local, targets, COUNT), select(local, outs, COUNT), at, mask, seed, j, rows,
+                d0, beta, keep_scale, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["j", "first", "last"])
-def gate_gradients(grad_out, grad_target, x, attention, grad_x, grad_attention, seed, j, first, last, beta, keep_scale,
-                   D: tl.constexpr, STRIDE: tl.constexpr, HAS_TARGET: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
-                   THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The gate's share of g_x, and g_att of the rows first ... last - 1: [last - first, STRIDE] in the dtype of x."""
+@triton.jit(do_not_specialize=["first", "last", "padded"])
+def gate_gradients(grad_outs, grad_targets, xs, attentions, grad_xs, grad_attention, seed, first, last, padded, beta, keep_scale,
+                   D: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, HAS_TARGET: tl.constexpr,
+                   INTO: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_D: tl.constexpr):
+    """The gate's share of g_x, INTO: added to what is there, and g_att of the rows first ... last - 1, 0 from last on:
+    [COUNT, padded, STRIDE] in the dtype of x. Grid: see `column_tile`, for padded rows, and COUNT.
+    """
+    local = tl.program_id(1)
+    j = lookup(local, GROUP, COUNT, 1, 0)
+    x = select(local, xs, COUNT)
+    grad_x = select(local, grad_xs, COUNT)
+    grad_attention += local.to(tl.int64) * padded * STRIDE
     kind = x.dtype.element_ty
     rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
     d = d0 + tl.arange(0, BLOCK_D)
     at = rows[:, None] * D + d[None, :]
     mask = (rows < last)[:, None] & (d < D)[None, :]
-    g_att, g_x = through_gate(grad_out, grad_target, x, attention, at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET, GATED,
-                              DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
-    tl.store(grad_attention + (rows - first)[:, None] * STRIDE + d[None, :], rounded(g_att, kind), mask=mask)
+    g_att, g_x = through_gate(select(local, grad_outs, COUNT), select(local, grad_targets, COUNT), x, select(local, attentions, COUNT), at,
+                              mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+    if INTO:
+        g_x += tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_attention + (rows - first)[:, None] * STRIDE + d[None, :], rounded(g_att, kind),
+             mask=(rows - first < padded)[:, None] & (d < D)[None, :])
     tl.store(grad_x + at, rounded(g_x, kind), mask=mask)
 
 
@@ -701,18 +759,20 @@ def store_part(value, PART: tl.constexpr, gradient, sums, rows, inside, R: tl.co
     tl.store(sums + PART * R + r, tl.sum(value, axis=0), mask=r < R)
 
 
-@triton.jit(do_not_specialize=["dialogues", "tiles"])
-def core_gradients(projections, vectors, offsets, averages, grad_averages, gradients, sums, dialogues, tiles, R: tl.constexpr,
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total"])
+def core_gradients(projections, vectors, offsets, averages, grad_averages, gradients, sums, dialogues, tiles, rows_total, R: tl.constexpr,
                    RP: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
     """g_q1 .. g_k2 of one block of a dialogue's rows, and their sums over it. Grid (tiles, M).
 
-    grad_averages: of `average_cores`. gradients: [N, STRIDE] in the dtype of x; sums: float32 [M, tiles, 4 R].
+    vectors: float32 [M, N, 3 R], of `outer_rows`; grad_averages: of `average_cores`; gradients: [M, N, STRIDE] in the dtype of x;
+    sums: float32 [tiles, M, 4 R].
     """
     tile = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
     proj = select(j, projections, M)
-    gradient = select(j, gradients, M)
-    sums += (j.to(tl.int64) * tiles + tile) * (4 * R)
+    vectors += j.to(tl.int64) * rows_total * (3 * R)
+    gradient = gradients + j.to(tl.int64) * rows_total * STRIDE
+    sums += (tile * M + j) * (4 * R)
     dialogue, first_tile, start, end = locate(tile, offsets, dialogues, BLOCK_N)
     row = start + (tile - first_tile) * BLOCK_N
     r = tl.arange(0, RP)
@@ -726,7 +786,7 @@ def core_gradients(projections, vectors, offsets, averages, grad_averages, gradi
     q2 = load_projection(proj, rows, inside, 1, R, RP)
     k1 = load_projection(proj, rows, inside, 2, R, RP)
     k2 = load_projection(proj, rows, inside, 3, R, RP)
-    at_row = select(j, vectors, M) + rows[:, None] * (3 * R) + r[None, :]
+    at_row = vectors + rows[:, None] * (3 * R) + r[None, :]
     mask_row = inside[:, None] & (r < R)[None, :]
     if M > 1:
         g_a = load_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), R, RP)
@@ -763,8 +823,11 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
     offsets = offsets.contiguous()
     m, rows, dialogues = len(x), x[0].shape[0], offsets.numel() - 1
     rank = proj_bias[0].numel() // 4
+    together = common.groups([t.shape[1] for t in x])
+    library = rows > 0 and common.through_library(x[0].dtype, rows)
     out = [torch.empty_like(t) for t in x]
-    attention = [torch.empty_like(t) for t in x]
+    stacks = attention_stacks(x, together) if library else ()
+    attention = taken_apart(stacks, together, rows) if library else [torch.empty_like(t) for t in x]
     gated = gated_target and with_target
     target = [torch.empty_like(t) for t in x] if gated else attention
     proj = [t.new_empty((rows, 4 * rank), dtype=torch.float32) for t in x]
@@ -772,29 +835,39 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
     if rows == 0:
         for t in average:
             t.zero_()
-    else:
-        meta = constants(x[0].dtype, rank, rows, dialogues)
-        tiles = rows // meta["BLOCK_N"] + dialogues
-        sums = x[0].new_empty((m, tiles, rank, rank), dtype=torch.float32)
-        keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-        with torch.cuda.device_of(x[0]):
-            together = common.groups(t.shape[1] for t in x)
-            if common.through_library(x[0].dtype, rows):
-                forward_through_library(x, offsets, proj_weight, proj_bias, map_weight, map_bias, sums, proj, average, attention,
-                                        target, out, tuple(ring) or (0,), scale, beta, dropout, seed, gated, meta)
-            else:
-                for group in together:
-                    project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
-                for group in together:
-                    mine = partial(common.pick, group)
-                    width = x[group[0]].shape[1]
-                    contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
-                        mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
-                        mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m,
-                        RING=tuple(ring) or (0,), COUNT=len(group), GROUP=group, GATED=gated,
-                        **common.dropout_arguments(dropout),
-                        **only(meta, "R RP RO KB MAX_PARTS PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
+        return out + (target if with_target else []) + proj + average + attention
+    meta = constants(x[0].dtype, rank, rows, dialogues)
+    tiles = rows // meta["BLOCK_N"] + dialogues
+    sums = x[0].new_empty((m, tiles, rank, rank), dtype=torch.float32)
+    keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    ring = tuple(ring) or (0,)
+    with common.device_of(x[0]):
+        if library:
+            forward_through_library(x, offsets, proj_weight, proj_bias, map_weight, map_bias, sums, proj, average, attention, stacks,
+                                    target, out, ring, scale, beta, dropout, seed, gated, together, meta)
+        else:
+            for group in together:
+                project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
+            for group in together:
+                mine = partial(common.pick, group)
+                width = x[group[0]].shape[1]
+                contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
+                    mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
+                    mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m, RING=ring,
+                    COUNT=len(group), GROUP=group, GATED=gated, **common.dropout_arguments(dropout),
+                    **meta.only("R RP RO KB MAX_PARTS PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
     return out + (target if with_target else []) + proj + average + attention
+
+
+def attention_stacks(x: Sequence[Tensor], together: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Per group [COUNT, rows, D] for one product: multiples of 8 rows, so that each modality's part is aligned whatever N is."""
+    return [x[group[0]].new_empty((len(group), padded(x[0].shape[0]), x[group[0]].shape[1])) for group in together]
+
+
+def taken_apart(stacks: Sequence[Tensor], together: Sequence[tuple[int, ...]], rows: int) -> list[Tensor]:
+    """M views [N, D_j] of `attention_stacks`."""
+    found = {j: stack[place, :rows] for stack, group in zip(stacks, together) for place, j in enumerate(group)}
+    return [found[j] for j in range(len(found))]
 
 
 def project_group(group: Sequence[int], x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
@@ -803,56 +876,66 @@ def project_group(group: Sequence[int], x: Sequence[Tensor], offsets: Tensor, pr
     project[(sums.shape[1], len(group))](
         mine(x), offsets, mine(proj_weight), mine(proj_bias), mine(proj), sums, offsets.numel() - 1, sums.shape[1],
         D=x[group[0]].shape[1], COUNT=len(group), GROUP=group,
-        **only(meta, "R RP MAX_PARTS OPERAND PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
+        **meta.only("R RP MAX_PARTS OPERAND PRECISION BLOCK_N BLOCK_D num_warps enable_fp_fusion"))
 
 
-def packed_maps(x: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """[W, c, 0 ..] in the dtype of x, M [D_j, multiple of 8]."""
-    columns = padded(rank * rank + 1)
-    packed = [t.new_empty((t.shape[1], columns)) for t in x]
-    for group in common.groups(t.shape[1] for t in x):
-        mine = partial(common.pick, group)
-        width = x[group[0]].shape[1]
-        pack_map[(triton.cdiv(width * columns, 1024), len(group))](
-            mine(map_weight), mine(map_bias), mine(packed), D=width, R=rank, COLUMNS=columns, COUNT=len(group), BLOCK=1024,
-            num_warps=4, enable_fp_fusion=True)
-    return packed
+def packed_maps(group: Sequence[int], x: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], rank: int,
+                proj_weight: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+    """[W, c, 0 ..] [COUNT, D, multiple of 8], and, of those given, P [4 R, D] each, in the dtype of x."""
+    mine, like = partial(common.pick, group), x[group[0]]
+    count, width, columns, block = len(group), like.shape[1], padded(rank * rank + 1), 1024
+    maps = like.new_empty((count, width, columns))
+    narrowed = mine(proj_weight) if proj_weight else ()
+    blocks = triton.cdiv(width * columns, block)
+    to = maps
+    if cast := proj_weight and narrowed[0].dtype != like.dtype:
+        to = like.new_empty((count, 4 * rank, width))
+        blocks += triton.cdiv(4 * rank * width, block)
+    pack_map[(blocks, count)](mine(map_weight), mine(map_bias), mine(proj_weight or map_weight), maps, to, D=width, R=rank,
+                              COLUMNS=columns, COUNT=count, BLOCK=block, num_warps=4, enable_fp_fusion=True)
+    return maps, list(to) if cast else list(narrowed)
 
 
 def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[Tensor], proj_bias: list[Tensor],
                             map_weight: list[Tensor], map_bias: list[Tensor], sums: Tensor, proj: list[Tensor],
-                            average: list[Tensor], attention: list[Tensor], target: list[Tensor], out: list[Tensor],
-                            ring: tuple[int, ...], scale: float, beta: float, dropout: float, seed: Tensor | None, gated: bool,
-                            meta: dict) -> None:
-    """Fills proj, average, attention, target and out; sums: float32 [M, tiles, R, R]."""
+                            average: list[Tensor], attention: list[Tensor], stacks: Sequence[Tensor], target: list[Tensor],
+                            out: list[Tensor], ring: tuple[int, ...], scale: float, beta: float, dropout: float, seed: Tensor | None,
+                            gated: bool, together: Sequence[tuple[int, ...]], meta: Constants) -> None:
+    """Fills proj, average, attention, target and out; sums: float32 [M, tiles, R, R]; stacks: see `attention_stacks`."""
     m, tiles, rank, _ = sums.shape
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
-    small = only(meta, "R RP BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4}
+    small = meta.only("R RP BLOCK_N enable_fp_fusion")
     parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": False}
     if meta["PRECISION"] == "ieee":         # on ordinary cores: there the library is several times as fast
         for x_j, weight, bias, to in zip(x, proj_weight, proj_bias, proj):
             torch.addmm(bias, x_j, weight.t(), out=to)
-        sum_cores[(tiles, m)](tuple(proj), tuple(proj), offsets, sums, dialogues, tiles, **parts, **small)
+        sum_cores[(tiles, m)](tuple(proj), sums, offsets, sums, dialogues, tiles, rows, M=m, num_warps=4, **parts, **small)
     else:
-        for group in common.groups(t.shape[1] for t in x):
+        for group in together:
             project_group(group, x, offsets, proj_weight, proj_bias, proj, sums, meta)
-    vectors = [t.new_empty((rows, 3 * rank), dtype=torch.float32) for t in x]
-    average_cores[(dialogues, m)](sums, offsets, tuple(average), sums, dialogues, tiles, scale, PATH=(0,), **parts, **small)
-    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), dialogues, scale, RING=ring, **small)
-    block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
+    vectors = x[0].new_empty((m, rows, 3 * rank), dtype=torch.float32)
+    average_cores[(dialogues, m)](sums, offsets, tuple(average), sums, dialogues, tiles, scale, M=m, PATH=(0,), num_warps=4, **parts,
+                                  **small)
+    contract_cores[(tiles, m)](tuple(proj), vectors, offsets, tuple(average), dialogues, rows, scale, M=m, RING=ring, num_warps=4, **small)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-    for j, packed in enumerate(packed_maps(x, map_weight, map_bias, rank)):
-        width, columns = packed.shape
-        ranges = common.chunks(rows, x[j].element_size() * max(width, columns))
-        factors = x[j].new_empty((ranges[0][1], columns))
+    for group, stack in zip(together, stacks):
+        mine, count = partial(common.pick, group), len(group)
+        packed, _ = packed_maps(group, x, map_weight, map_bias, rank)
+        _, width, columns = packed.shape
+        ranges = common.chunks(rows, stack.element_size() * max(width, columns))
+        scratch = stack.new_empty((count * ranges[0][1] * columns,))
         for first, last in ranges:
             n = last - first
-            outer_rows[(triton.cdiv(n, block["BLOCK_N"]),)](
-                proj[j], vectors[j], factors, factors, first, last, scale, COLUMNS=columns, BACKWARD=False, **block)
-            common.product(factors[:n], packed.t(), attention[j][first:last])
-            gate_rows[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS),)](
-                x[j], attention[j], target[j], out[j], seed, j, first, last, beta, keep_scale, D=width, GATED=gated,
-                **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4, enable_fp_fusion=True)
+            factors = scratch[:count * n * columns].view(count, n, columns)
+            block = outer_block(meta)
+            outer_rows[(triton.cdiv(n, block), count)](
+                mine(proj), vectors, factors, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
+                BACKWARD=False, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
+            common.product(factors, packed.transpose(1, 2), stack[:, first:last])
+            gate_rows[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS), count)](
+                mine(x), mine(attention), mine(target), mine(out), seed, first, last, beta, keep_scale, D=width, COUNT=count,
+                GROUP=group, GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
+                enable_fp_fusion=True)
 
 
 # ------------------------------------------------------------------------------------------------------- backward launcher
@@ -861,8 +944,9 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
 def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Sequence[Tensor], offsets: Tensor,
              proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor],
              saved: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
-             gated_target: bool) -> list[Tensor]:
-    """grad_out: M [N, D_j]; grad_target: M [N, D_j] or empty; saved: what `forward` returned after out and target.
+             gated_target: bool, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """grad_out: M [N, D_j]; grad_target: M [N, D_j] or empty; saved: what `forward` returned after out and target; into: M gradients
+    that x has from elsewhere, contiguous, in its dtype: those of here are added in place, and they are returned.
 
     Returns the gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each, in the dtypes and shapes of those.
     """
@@ -872,7 +956,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     rank = proj_bias[0].numel() // 4
     saved = list(saved)
     proj, average, attention = saved[:m], saved[m:2 * m], saved[2 * m:]
-    grad_x = [torch.empty_like(t) for t in x]
+    grad_x = list(into) if into else [torch.empty_like(t) for t in x]
     parameters = [list(proj_weight), list(proj_bias), list(map_weight), list(map_bias)]
     grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in parameters]
     if rows == 0:
@@ -890,13 +974,13 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     ring = tuple(ring) or (0,)
     warps = 8 if meta["PRECISION"] == "ieee" else 4     # see `constants`
     scratch = []
+    together = common.groups([t.shape[1] for t in x])
     if common.through_library(x[0].dtype, rows):
-        with torch.cuda.device_of(x[0]):
-            backward_through_library(grad_out, grad_target, x, offsets, parameters, proj, average, attention, sums, grad_x, grads,
-                                     ring, scale, beta, dropout, seed, gated_target, meta)
+        with common.device_of(x[0]):
+            backward_through_library(grad_out, grad_target, x, offsets, parameters, proj, average, attention, sums, grad_x, bool(into),
+                                     grads, ring, scale, beta, dropout, seed, gated_target, together, meta)
         return grad_x + [t for kind in grads for t in kind]
-    with torch.cuda.device_of(x[0]):
-        together = common.groups(t.shape[1] for t in x)
+    with common.device_of(x[0]):
         for group in together:
             mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
@@ -907,7 +991,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
                 mine(grad_out), mine(grad_target or x), mine(x), offsets, mine(proj), tuple(average), mine(attention),
                 mine(map_weight), mine(grad_x), grad_attention, vectors, sums, seed, dialogues, tiles, rows, scale, beta,
                 keep_scale, D=width, M=m, RING=ring, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0,
-                GATED=gated_target, **common.dropout_arguments(dropout),
+                INTO=bool(into), GATED=gated_target, **common.dropout_arguments(dropout),
                 **{**meta, "num_stages": 1, "num_warps": warps})
         for group, (grad_attention, vectors) in zip(together, scratch):
             mine = partial(common.pick, group)
@@ -925,64 +1009,72 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
 
 def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], x: list[Tensor], offsets: Tensor,
                              parameters: list[list[Tensor]], proj: list[Tensor], average: list[Tensor], attention: list[Tensor],
-                             sums: Tensor, grad_x: list[Tensor], grads: list[list[Tensor]], ring: tuple[int, ...], scale: float,
-                             beta: float, dropout: float, seed: Tensor | None, gated: bool, meta: dict) -> None:
-    """Fills grad_x and grads, of the parameters; sums: float32 [M, tiles, R, R]."""
+                             sums: Tensor, grad_x: list[Tensor], into: bool, grads: list[list[Tensor]], ring: tuple[int, ...],
+                             scale: float, beta: float, dropout: float, seed: Tensor | None, gated: bool,
+                             together: Sequence[tuple[int, ...]], meta: Constants) -> None:
+    """Fills grad_x (into: adds to it) and grads, of the parameters; sums: float32 [M, tiles, R, R]."""
     m, tiles, rank, _ = sums.shape
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
     float32 = {"dtype": torch.float32}
     proj_weight, _, map_weight, map_bias = parameters
-    small = only(meta, "R RP BLOCK_N enable_fp_fusion") | {"M": m, "num_warps": 4}
+    small = meta.only("R RP BLOCK_N enable_fp_fusion")
     parts = {"MAX_PARTS": meta["MAX_PARTS"], "BACKWARD": True}
-    vectors = [t.new_empty((rows, 3 * rank), **float32) for t in x]
-    contract_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), dialogues, scale, RING=ring, **small)
-    block = only(meta, "R RO enable_fp_fusion") | {"BLOCK_N": 4096 // meta["RO"] ** 2, "num_warps": 4}
+    vectors = x[0].new_empty((m, rows, 3 * rank), **float32)
+    contract_cores[(tiles, m)](tuple(proj), vectors, offsets, tuple(average), dialogues, rows, scale, M=m, RING=ring, num_warps=4, **small)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-    results, values = [], []
-    for j, packed in enumerate(packed_maps(x, map_weight, map_bias, rank)):
-        width, columns = packed.shape
+    right = {}
+    for group in together:
+        mine, count, like = partial(common.pick, group), len(group), x[group[0]]
+        packed, weights = packed_maps(group, x, map_weight, map_bias, rank, proj_weight)
+        right.update(zip(group, weights))
+        _, width, columns = packed.shape
         stride = padded(width)
-        ranges = common.chunks(rows, x[j].element_size() * max(stride, columns))
-        most = ranges[0][1]
-        grad_attention = x[j].new_empty((most, stride))
-        products, factors = x[j].new_empty((most, columns)), x[j].new_empty((most, columns))
-        grad_map = x[j].new_empty((len(ranges), width, columns), **float32)
+        ranges = common.chunks(rows, like.element_size() * max(stride, columns))
+        most = triton.cdiv(ranges[0][1], SPLITS) * SPLITS
+        gradients_scratch, products_scratch, factors_scratch = (
+            like.new_empty((count * most * length,)) for length in (stride, columns, columns))
+        grad_map = like.new_empty((len(ranges), count * SPLITS, width, columns), **float32)
         for place, (first, last) in enumerate(ranges):
-            n = last - first
-            gate_gradients[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS),)](
-                grad_out[j], grad_target[j] if grad_target else x[j], x[j], attention[j], grad_x[j], grad_attention, seed, j, first,
-                last, beta, keep_scale, D=width, STRIDE=stride, HAS_TARGET=len(grad_target) > 0, GATED=gated,
-                **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4, enable_fp_fusion=True)
-            g_att = grad_attention[:n, :width]
-            common.product(g_att, packed, products[:n])
-            outer_rows[(triton.cdiv(n, block["BLOCK_N"]),)](
-                proj[j], vectors[j], products, factors, first, last, scale, COLUMNS=columns, BACKWARD=True, **block)
-            common.product(g_att.t(), factors[:n], grad_map[place])
-        total = common.total(grad_map)
-        results += [grads[2][j], grads[3][j]]
-        values += [total[:, :rank * rank], total[:, rank * rank]]
+            n = triton.cdiv(last - first, SPLITS) * SPLITS
+            grad_attention = gradients_scratch[:count * n * stride].view(count, n, stride)
+            products, factors = (t[:count * n * columns].view(count, n, columns) for t in (products_scratch, factors_scratch))
+            gate_gradients[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS), count)](
+                mine(grad_out), mine(grad_target or x), mine(x), mine(attention), mine(grad_x), grad_attention, seed, first, last, n,
+                beta, keep_scale, D=width, STRIDE=stride, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, INTO=into,
+                GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
+                enable_fp_fusion=True)
+            common.product(grad_attention[:, :, :width], packed, products)
+            block = outer_block(meta)
+            outer_rows[(triton.cdiv(n, block), count)](
+                mine(proj), vectors, products, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
+                BACKWARD=True, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
+            split = grad_attention.view(count * SPLITS, n // SPLITS, stride)[:, :, :width]
+            common.product(split.transpose(1, 2), factors.view(count * SPLITS, n // SPLITS, columns), grad_map[place])
+        unpack_map[(triton.cdiv(width * columns, 128), count)](
+            grad_map, mine(grads[2]), mine(grads[3]), len(ranges), D=width, R=rank, COLUMNS=columns, COUNT=count, SPLITS=SPLITS,
+            BLOCK=128, num_warps=4, enable_fp_fusion=True)
 
-    grad_average = x[0].new_empty((m, dialogues, rank, rank), **float32)
+    grad_average = sums                         # read by none of one modality
     if m > 1:
-        sum_cores[(tiles, m)](tuple(proj), tuple(vectors), offsets, sums, dialogues, tiles, **parts, **small)
-        average_cores[(dialogues, m)](sums, offsets, tuple(average), grad_average, dialogues, tiles, scale, PATH=ring_path(ring, m),
-                                      **parts, **small)
+        grad_average = x[0].new_empty((m, dialogues, rank, rank), **float32)
+        sum_cores[(tiles, m)](tuple(proj), vectors, offsets, sums, dialogues, tiles, rows, M=m, num_warps=4, **parts, **small)
+        average_cores[(dialogues, m)](sums, offsets, tuple(average), grad_average, dialogues, tiles, scale, M=m, PATH=ring_path(ring, m),
+                                      num_warps=4, **parts, **small)
     stride = padded(4 * rank)
-    grad_proj = [t.new_empty((rows, stride)) for t in x]
-    biases = x[0].new_empty((m, tiles, 4 * rank), **float32)
-    core_gradients[(tiles, m)](tuple(proj), tuple(vectors), offsets, tuple(average), grad_average, tuple(grad_proj), biases, dialogues,
-                               tiles, RING=ring, STRIDE=stride, **small)
-    results += grads[1]
-    values += biases.sum(1).unbind()
+    grad_proj = x[0].new_empty((m, rows, stride))
+    biases = x[0].new_empty((tiles, m, 4 * rank), **float32)
+    core_gradients[(tiles, m)](tuple(proj), vectors, offsets, tuple(average), grad_average, grad_proj, biases, dialogues, tiles, rows,
+                               M=m, RING=ring, STRIDE=stride, num_warps=4, **small)
+    common.reduce(biases, [grads[1]], block=16, together=512)
+    sums_of = grads[0]
+    if grads[0][0].dtype != torch.float32:      # the library may add its own parts in 16 bits
+        sums_of = [t.new_empty(t.shape, **float32) for t in grads[0]]
     for j in range(m):
-        g_q = grad_proj[j][:, :4 * rank]
-        common.add_product(g_q, proj_weight[j].to(x[j].dtype), grad_x[j])
-        grad = grads[0][j]
-        if grad.dtype != torch.float32:
-            results.append(grad)
-            values.append(grad := grad.new_empty(grad.shape, **float32))
-        common.product(g_q.t(), x[j], grad)
-    torch._foreach_copy_(results, values)
+        g_q = grad_proj[j, :, :4 * rank]
+        common.add_product(g_q, right[j], grad_x[j])
+        common.product(g_q.t(), x[j], sums_of[j])
+    if sums_of is not grads[0]:
+        torch._foreach_copy_(grads[0], sums_of)
 
 
 def padded(columns: int) -> int:
@@ -990,23 +1082,41 @@ def padded(columns: int) -> int:
     return triton.cdiv(columns, 8) * 8
 
 
-def constants(dtype: torch.dtype, rank: int, rows: int, dialogues: int) -> dict:
-    """Compile-time sizes and modes that the kernels share.
+def outer_block(meta: Constants) -> int:
+    """Rows per program of `outer_rows`: 4096 elements of F."""
+    return 4096 // meta["RO"] ** 2
 
-    "ieee" products run on the ordinary cores, where a thread holds whole rows and columns of the factors in registers: smaller
+
+class Constants(dict):
+    """Arguments of kernels by name."""
+
+    def only(self, names: str) -> dict:
+        """Those with these names; the same dictionary every time, not to be changed."""
+        if (found := self.__dict__.get(names)) is None:
+            found = self.__dict__[names] = {name: self[name] for name in names.split()}
+        return found
+
+
+def constants(dtype: torch.dtype, rank: int, rows: int, dialogues: int) -> Constants:
+    """Compile-time sizes and modes that the kernels share; not to be changed."""
+    return _constants(dtype, common.precision(dtype), rank, common.rows_per_block(rows, dialogues), common.MAX_PARTS)
+
+
+@lru_cache(maxsize=256)
+def _constants(dtype: torch.dtype, precision: str, rank: int, block_n: int, max_parts: int) -> Constants:
+    """"ieee" products run on the ordinary cores, where a thread holds whole rows and columns of the factors in registers: smaller
     blocks, or they spill.
     """
-    precision = common.precision(dtype)
     small = precision == "ieee"
-    padded = triton.next_power_of_2(rank)
-    ro = max(8, padded)
-    return {"R": rank, "RP": max(16, padded), "RO": ro, "KB": max(16 // ro, min((32 if small else 64) // ro, padded)),
-            "MAX_PARTS": common.MAX_PARTS, "OPERAND": common.storage_operand(dtype), "PRECISION": precision,
-            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": 32 if small else 64,
-            "num_warps": 4, "enable_fp_fusion": True}
+    power = triton.next_power_of_2(rank)
+    ro = max(8, power)
+    return Constants(R=rank, RP=max(16, power), RO=ro, KB=max(16 // ro, min((32 if small else 64) // ro, power)), MAX_PARTS=max_parts,
+                     OPERAND=common.storage_operand(dtype), PRECISION=precision, BLOCK_N=block_n, BLOCK_D=32 if small else 64,
+                     num_warps=4, enable_fp_fusion=True)
 
 
-def ring_path(ring: Sequence[int], m: int) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def ring_path(ring: tuple[int, ...], m: int) -> tuple[int, ...]:
     """For `grad_average`: per modality j and other modality i the factors that surround A_j in C_i, as 2 l + side.
 
     Side 0 multiplies by A_l^T from the left, side 1 from the right. Row j lists the others in the order j + 1, j + 2, ..
@@ -1019,10 +1129,6 @@ def ring_path(ring: Sequence[int], m: int) -> tuple[int, ...]:
             place = around.index(j)
             path += [2 * l for l in around[:place]] + [2 * l + 1 for l in reversed(around[place + 1:])]
     return tuple(path) or (0,)
-
-
-def only(meta: dict, names: str) -> dict:
-    return {name: meta[name] for name in names.split()}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int) -> str | None:

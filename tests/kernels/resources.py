@@ -88,8 +88,8 @@ def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank
         results = tensor_ring.forward(x, offsets, *weights, ring, 1.0, 0.1, dropout, seed, gated, True)
         _, *sign = attention_mapping.forward(x, results[m:2 * m], *phi, coefficient)
     with recorded() as backward:
-        attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient)
-        tensor_ring.backward(x, x, x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated)
+        of_loss = attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient)
+        tensor_ring.backward(x, of_loss[m:2 * m], x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated, of_loss[:m])
     return forward, backward
 
 

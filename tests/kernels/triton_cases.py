@@ -39,14 +39,15 @@ EPS = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0
 FLOOR = {torch.float32: 4, torch.float16: 1, torch.bfloat16: 2}      # units in the last place
 
 # name: (dtype, widths, rank, lengths, settings). ring "list": the others in list order; "ring": once around.
-# parameters: their dtype, where not that of x; the yardsticks take them rounded to that of x.
+# parameters: their dtype, where not that of x; the yardsticks take them rounded to that of x. into: gradients of x from elsewhere.
 RING = {
-    "three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list")),
+    "three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list", into=True)),
     "one-modality-rank-1": ("float32", [7], 1, [3, 4], dict()),
     "two-widths": ("float32", [40, 7], 11, [17, 1, 0, 0, 30], dict(dropout=0.3)),
     "four-modalities": ("float32", [14, 7, 14, 7], 6, [5, 2], dict(dropout=0.1)),
     "several-column-blocks": ("float32", [70, 70], 16, [40], dict(gated=True, dropout=0.5)),
     "no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
+    "into-no-target": ("float32", [14, 7, 14], 3, [9, 8], dict(target=False, into=True)),
     "rank-32": ("float32", [7, 7], 32, [3, 2], dict(gated=True)),
     "rank-17": ("float32", [7, 7, 7], 17, [4, 1], dict()),
     "wide-tiles": ("float32", [70, 70, 70], 10, [36, 3], dict(gated=True, dropout=0.5, ring="list", tf32=True)),
@@ -55,16 +56,18 @@ RING = {
     "float16-rank-3": ("float16", [14, 14], 3, [2, 3], dict()),
     "bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
     "bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
-    "bfloat16-mixed": ("bfloat16", [40, 14], 6, [3, 0, 20, 1], dict(dropout=0.5, parameters="float32")),
+    "bfloat16-mixed": ("bfloat16", [40, 14], 6, [3, 0, 20, 1], dict(dropout=0.5, parameters="float32", into=True)),
     "float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(gated=True, parameters="float32")),
 }
 # Dense products through the library, as at many rows; in chunks of 64 rows where "chunks".
 LIBRARY_RING = {
-    "library-three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list")),
+    "library-three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list", into=True)),
     "library-one-modality": ("float32", [7], 1, [3, 4], dict()),
     "library-two-widths": ("float32", [40, 7], 11, [17, 1, 0, 0, 30], dict(dropout=0.3)),
     "library-four-modalities": ("float32", [14, 70, 14, 7], 6, [5, 2], dict(dropout=0.1)),
+    "library-one-chunk": ("float32", [70, 14, 70], 10, [60, 0, 70, 9], dict(gated=True, dropout=0.5, ring="list")),
     "library-chunks": ("float32", [70, 14, 70], 10, [60, 0, 70, 9], dict(gated=True, dropout=0.5, ring="list", chunks=True)),
+    "library-chunks-into": ("float32", [14, 14], 3, [60, 0, 33], dict(target=False, chunks=True, into=True)),
     "library-tf32": ("float32", [70, 70, 70], 10, [36, 3], dict(dropout=0.5, tf32=True)),
     "library-parts": ("float32", [7, 7, 7], 3, [0, 150, 3], dict(dropout=0.5, parts=2, chunks=True)),
     "library-no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
@@ -74,7 +77,8 @@ LIBRARY_RING = {
     "library-bfloat16": ("bfloat16", [40, 40, 40], 11, [3, 0, 20, 1], dict(dropout=0.5)),
     "library-bfloat16-rank-6": ("bfloat16", [14], 6, [2, 3], dict(gated=True)),
     "library-bfloat16-mixed": ("bfloat16", [40, 14, 40], 6, [64, 0, 20, 1],
-                               dict(gated=True, dropout=0.5, parameters="float32", chunks=True)),
+                               dict(gated=True, dropout=0.5, parameters="float32", chunks=True, into=True)),
+    "library-bfloat16-chunks": ("bfloat16", [14, 14], 3, [60, 0, 33], dict(chunks=True)),
     "library-float16-mixed": ("float16", [14, 14, 14], 3, [2, 3], dict(parameters="float32")),
 }
 SLOW_RING = {
@@ -262,6 +266,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     scale, beta = 0.7, 0.3
     grad_out = [draw(rows, d) for d in widths]
     grad_target = [draw(rows, d) for d in widths] if with_target else []
+    into = [draw(rows, d) for d in widths] if settings.get("into") else None
 
     def oracle(precision: torch.dtype):
         leaves = [[t.to(precision).requires_grad_() for t in kind] for kind in tensors]
@@ -269,6 +274,8 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         results = out + (target if with_target else [])
         grads = torch.autograd.grad(results, [t for kind in leaves for t in kind],
                                     [t.to(precision) for t in grad_out + grad_target], allow_unused=True)
+        if into:
+            grads = [*(a + b.to(precision) for a, b in zip(grads, into)), *grads[m:]]
         return [t.detach() for t in results], grads
 
     exact, exact_grads = oracle(torch.float64)
@@ -277,6 +284,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     common.MAX_PARTS = settings.get("parts", 32)
     overwritten: list = []
     offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
+    into_in = [inside_nan(t) for t in into] if into else None
     # TF32 has the mantissa of float16; only a GPU rounds to it.
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
     with poisoned(overwritten), library(settings):
@@ -285,7 +293,8 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         checks.true("the attention is returned once", with_target and not gated and
                     all(a is b for a, b in zip(result[m:2 * m], saved[2 * m:])) or gated or not with_target)
         grads = tensor_ring.backward([inside_nan(t) for t in grad_out], [inside_nan(t) for t in grad_target], given[0],
-                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated)
+                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated, into_in)
+    checks.true("added in place", not into or all(a is b for a, b in zip(grads, into_in)))
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("saved averages", all(t.dtype == torch.float32 and t.shape == (len(lengths), rank, rank) and bool(
         torch.isfinite(t).all()) for t in saved[m:2 * m]))
