@@ -448,7 +448,9 @@ def main() -> None:
     for case in DEVICE_CASES:
         for dtype in (torch.float32, torch.bfloat16):
             drawn = inputs(case, dtype)
-            assert_is_the_two_ops(case, drawn, "triton")
+            # The loss's gradient of x comes in where the ring's is first written, not at its end: other roundings.
+            eps = torch.finfo(dtype).eps
+            assert_is_the_two_ops(case, drawn, "triton", rtol=16 * eps, atol=16 * eps)
             if dtype != torch.float32:
                 exact = run(case, decided(case, dtype), "torch", torch.float64)
                 mixed = float32_parameters(decided(case, dtype))
