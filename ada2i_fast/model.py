@@ -52,7 +52,7 @@ class _Net(nn.Module):
 
 @functools.cache
 def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
+    return [torch.cuda.Stream(device, priority=-1) for _ in range(count)]    # before the gradients of weights, see ops.linear.branch
 
 
 def _on_streams(call: Callable[[str], Tensor], names: Sequence[str], device: torch.device) -> list[Tensor]:

@@ -317,8 +317,8 @@ def _here(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 @functools.cache
 def _side(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """The one beside a stream, given by its address."""
-    return torch.cuda.Stream(device)
+    """The one beside a stream, given by its address: of low priority, so that what is waited for goes first."""
+    return torch.cuda.Stream(device, priority=0)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def keys(table: str) -> list[str]:
 
 def results(*options: str) -> dict[str, list]:
     """The cases' checks; each runs on one thread, so a process per core shares them."""
-    parts = min(8, os.cpu_count() or 1)
+    parts = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(parts) as pool:
         runs = list(pool.map(lambda part: subprocess.run(
             [sys.executable, SCRIPT, *options, "--part", str(part), str(parts)], capture_output=True, text=True), range(parts)))
