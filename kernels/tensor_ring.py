@@ -927,7 +927,7 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
         for first, last in ranges:
             n = last - first
             factors = scratch[:count * n * columns].view(count, n, columns)
-            block = outer_block(meta)
+            block = 4096 // meta["RO"] ** 2         # rows: 4096 elements of F
             outer_rows[(triton.cdiv(n, block), count)](
                 mine(proj), vectors, factors, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
                 BACKWARD=False, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
@@ -1044,7 +1044,7 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
                 GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
                 enable_fp_fusion=True)
             common.product(grad_attention[:, :, :width], packed, products)
-            block = outer_block(meta)
+            block = 2048 // meta["RO"] ** 2         # rows: 2048 elements of F and of S
             outer_rows[(triton.cdiv(n, block), count)](
                 mine(proj), vectors, products, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
                 BACKWARD=True, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
@@ -1080,11 +1080,6 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
 def padded(columns: int) -> int:
     """Row length that suits the library's 16-bit products."""
     return triton.cdiv(columns, 8) * 8
-
-
-def outer_block(meta: Constants) -> int:
-    """Rows per program of `outer_rows`: 4096 elements of F."""
-    return 4096 // meta["RO"] ** 2
 
 
 class Constants(dict):

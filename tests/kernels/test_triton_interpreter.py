@@ -14,7 +14,7 @@ if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.sp
 import encoder_cases  # noqa: E402
 from runs import beyond, keys, results  # noqa: E402
 
-CASES = ["dropout", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
+CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
          *keys("LIBRARY_RING"), *keys("LIBRARY_MAPPING"),
          "fusion-zeros", *keys("FUSION"), "head-edges", *keys("HEAD"), *encoder_cases.FUSED, *encoder_cases.ATTENTION]
 

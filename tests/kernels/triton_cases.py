@@ -801,9 +801,26 @@ def repeat_case(checks: Checks) -> None:
     checks.true("any strides", all(torch.equal(a, b) for a, b in zip(run(lambda t: t), run(lambda t: t.contiguous()))))
 
 
+def reduce_case(checks: Checks) -> None:
+    """Sums of two kinds of partial gradients in several steps, columns beyond them left alone."""
+    from ada2i_fast.kernels import common
+
+    partial = torch.randn(7, 2, 48, generator=encoder_cases.generator().manual_seed(4))
+    for dtype in (torch.float32, torch.bfloat16):
+        overwritten: list = []
+        with poisoned(overwritten):
+            kinds = [[partial.new_empty(shape, dtype=dtype) for _ in range(2)] for shape in ((5, 6), (7,))]
+            common.reduce(inside_nan(partial), kinds, block=16, together=4)
+        checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+        for j in range(2):
+            for kind, columns in zip(kinds, (slice(0, 30), slice(30, 37))):
+                exact = partial[:, j, columns].double().sum(0)
+                checks.against(f"sum {j}", kind[j].flatten(), exact.to(dtype), exact, dtype)
+
+
 def cases(slow: bool) -> dict:
-    found = {"dropout": dropout_case, "locate": locate_case, "empty": empty_case, "reasons": reason_case, "strides": repeat_case,
-             "large-scores": large_scores_case, "offsets": offsets_case}
+    found = {"dropout": dropout_case, "reduce": reduce_case, "locate": locate_case, "empty": empty_case, "reasons": reason_case,
+             "strides": repeat_case, "large-scores": large_scores_case, "offsets": offsets_case}
     for name, arguments in {**RING, **(SLOW_RING if slow else {})}.items():
         found[name] = lambda checks, arguments=arguments: ring_case(checks, *arguments)
     for name, arguments in MAPPING.items():
