@@ -331,10 +331,14 @@ def float32_parameters(drawn):
 
 
 def assert_is_the_two_ops(case: Case, drawn, backend: str, **tolerance) -> None:
-    """To the last bit, for the kernels and their order are the same; with a tolerance, within that."""
+    """To the last bit, for the kernels and their order are the same; with a tolerance, within that. Triton's layer adds the loss's gradient
+    of x before the projections' share instead of after it: the last bits of the largest."""
     def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         assert found.dtype == expected.dtype and found.shape == expected.shape, name
-        torch.testing.assert_close(found, expected, msg=name, **(tolerance or dict(rtol=0, atol=0)))
+        allowed = dict(tolerance or dict(rtol=0, atol=0))
+        if backend == "triton" and name.startswith("grad x") and expected.numel():
+            allowed["atol"] += 4 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, msg=name, **allowed)
 
     one, two = run(case, drawn, backend), run(case, drawn, backend, call=two_ops)
     for name, expected in two.items():
