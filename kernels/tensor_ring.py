@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
+from .common import cdiv, column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
 SPLITS = 16                          # parts of the rows in [g_W, g_c]: its few tiles alone would leave most multiprocessors idle
@@ -851,7 +851,7 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
             for group in together:
                 mine = partial(common.pick, group)
                 width = x[group[0]].shape[1]
-                contract[(tiles, len(group) * triton.cdiv(width, meta["BLOCK_D"]))](
+                contract[(tiles, len(group) * cdiv(width, meta["BLOCK_D"]))](
                     mine(x), offsets, mine(proj), mine(map_weight), mine(map_bias), sums, mine(average), mine(attention),
                     mine(target), mine(out), seed, dialogues, tiles, scale, beta, keep_scale, D=width, M=m, RING=ring,
                     COUNT=len(group), GROUP=group, GATED=gated, **common.dropout_arguments(dropout),
@@ -886,11 +886,11 @@ def packed_maps(group: Sequence[int], x: Sequence[Tensor], map_weight: Sequence[
     count, width, columns, block = len(group), like.shape[1], padded(rank * rank + 1), 1024
     maps = like.new_empty((count, width, columns))
     narrowed = mine(proj_weight) if proj_weight else ()
-    blocks = triton.cdiv(width * columns, block)
+    blocks = cdiv(width * columns, block)
     to = maps
     if cast := proj_weight and narrowed[0].dtype != like.dtype:
         to = like.new_empty((count, 4 * rank, width))
-        blocks += triton.cdiv(4 * rank * width, block)
+        blocks += cdiv(4 * rank * width, block)
     pack_map[(blocks, count)](mine(map_weight), mine(map_bias), mine(proj_weight or map_weight), maps, to, D=width, R=rank,
                               COLUMNS=columns, COUNT=count, BLOCK=block, num_warps=4, enable_fp_fusion=True)
     return maps, list(to) if cast else list(narrowed)
@@ -928,11 +928,11 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
             n = last - first
             factors = scratch[:count * n * columns].view(count, n, columns)
             block = 4096 // meta["RO"] ** 2         # rows: 4096 elements of F
-            outer_rows[(triton.cdiv(n, block), count)](
+            outer_rows[(cdiv(n, block), count)](
                 mine(proj), vectors, factors, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
                 BACKWARD=False, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
             common.product(factors, packed.transpose(1, 2), stack[:, first:last])
-            gate_rows[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS), count)](
+            gate_rows[(cdiv(n, GATE_ROWS) * cdiv(width, GATE_COLUMNS), count)](
                 mine(x), mine(attention), mine(target), mine(out), seed, first, last, beta, keep_scale, D=width, COUNT=count,
                 GROUP=group, GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
                 enable_fp_fusion=True)
@@ -967,7 +967,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
 
     meta = constants(x[0].dtype, rank, rows, dialogues)
     tiles = rows // meta["BLOCK_N"] + dialogues
-    splits = min(common.MAX_SPLITS, triton.cdiv(tiles, 4))
+    splits = min(common.MAX_SPLITS, cdiv(tiles, 4))
     float32 = {"dtype": torch.float32}
     sums = x[0].new_empty((m, tiles, rank, rank), **float32)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
@@ -996,9 +996,9 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
         for group, (grad_attention, vectors) in zip(together, scratch):
             mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
-            length = triton.cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
+            length = cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
             gradients = x[0].new_empty((splits, count, length), **float32)
-            roles = triton.cdiv(width, meta["BLOCK_D"]) * (1 + triton.cdiv(rank, meta["KB"]))
+            roles = cdiv(width, meta["BLOCK_D"]) * (1 + cdiv(rank, meta["KB"]))
             backward_weights[(count * roles, splits)](
                 mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
                 gradients, dialogues, tiles, rows, splits, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
@@ -1030,27 +1030,27 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         _, width, columns = packed.shape
         stride = padded(width)
         ranges = common.chunks(rows, like.element_size() * max(stride, columns))
-        most = triton.cdiv(ranges[0][1], SPLITS) * SPLITS
+        most = cdiv(ranges[0][1], SPLITS) * SPLITS
         gradients_scratch, products_scratch, factors_scratch = (
             like.new_empty((count * most * length,)) for length in (stride, columns, columns))
         grad_map = like.new_empty((len(ranges), count * SPLITS, width, columns), **float32)
         for place, (first, last) in enumerate(ranges):
-            n = triton.cdiv(last - first, SPLITS) * SPLITS
+            n = cdiv(last - first, SPLITS) * SPLITS
             grad_attention = gradients_scratch[:count * n * stride].view(count, n, stride)
             products, factors = (t[:count * n * columns].view(count, n, columns) for t in (products_scratch, factors_scratch))
-            gate_gradients[(triton.cdiv(n, GATE_ROWS) * triton.cdiv(width, GATE_COLUMNS), count)](
+            gate_gradients[(cdiv(n, GATE_ROWS) * cdiv(width, GATE_COLUMNS), count)](
                 mine(grad_out), mine(grad_target or x), mine(x), mine(attention), mine(grad_x), grad_attention, seed, first, last, n,
                 beta, keep_scale, D=width, STRIDE=stride, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, INTO=into,
                 GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
                 enable_fp_fusion=True)
             common.product(grad_attention[:, :, :width], packed, products)
             block = 2048 // meta["RO"] ** 2         # rows: 2048 elements of F and of S
-            outer_rows[(triton.cdiv(n, block), count)](
+            outer_rows[(cdiv(n, block), count)](
                 mine(proj), vectors, products, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
                 BACKWARD=True, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
             split = grad_attention.view(count * SPLITS, n // SPLITS, stride)[:, :, :width]
             common.product(split.transpose(1, 2), factors.view(count * SPLITS, n // SPLITS, columns), grad_map[place])
-        unpack_map[(triton.cdiv(width * columns, 128), count)](
+        unpack_map[(cdiv(width * columns, 128), count)](
             grad_map, mine(grads[2]), mine(grads[3]), len(ranges), D=width, R=rank, COLUMNS=columns, COUNT=count, SPLITS=SPLITS,
             BLOCK=128, num_warps=4, enable_fp_fusion=True)
 
@@ -1079,7 +1079,7 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
 
 def padded(columns: int) -> int:
     """Row length that suits the library's 16-bit products."""
-    return triton.cdiv(columns, 8) * 8
+    return cdiv(columns, 8) * 8
 
 
 class Constants(dict):
