@@ -1,5 +1,5 @@
 #!/bin/bash
-# One call on a machine with a CUDA GPU and no network: build, tests marked gpu, sanitizer, benchmarks, a short table last.
+# One call on a machine with a CUDA GPU and no network: build, benchmarks, tests marked gpu, sanitizer, a short table last.
 # From the repository root: bash benchmarks/gpu_check.sh [PART ..]; without names all parts.
 # Results go to $OUT, or to benchmarks/results: check.log, <device name>/*.json, README.md. The parts' limits add up to less
 # than 10 minutes, and a failing part does not stop the next. ADA2I_CHECK_DRY=1 only says what would run.
@@ -46,18 +46,20 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; 
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
 part build 80 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
 part info 15 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
+# Whole steps, eager and as CUDA graphs.
+measure tf32 60 --tf32 -k "test_model and training-float32 and not mosei and not algebra and not compiled"
+measure model 50 -k "test_model and not mosei and not compiled and not algebra and not released and not meld-training-float32"
+measure layer 40 -k "test_afw_layer and training and not mosei and not algebra and not compiled"
+measure many 25 -m scaling -k test_many_dialogues
+measure many-tf32 25 --tf32 -m scaling -k "test_many_dialogues and float32 and not algebra"
+part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
+# Compiling the textbook is slow: for one shape only.
+measure compiled 90 --tf32 -k "iemocap-training-float32 and (test_model or test_afw_layer) and not algebra"
 # Compiling kernels takes most of the time: in as many processes as there are cores, where pytest can, and the sanitizer beside.
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(14, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
 part tests 150 "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider $workers
 wait
-# Whole steps, eager and as CUDA graphs; compiling the textbook is slow, so for one shape only.
-measure tf32 100 --tf32 -k "test_model and training-float32 and not mosei and not algebra and not (meld and compiled)"
-measure model 50 -k "test_model and not mosei and not compiled and not algebra and not released and not meld-training-float32"
-measure layer 60 -k "test_afw_layer and training and not mosei and not algebra and not (meld and compiled) and not (bfloat16 and compiled)"
-measure many 25 -m scaling -k test_many_dialogues
-measure many-tf32 25 --tf32 -m scaling -k "test_many_dialogues and float32 and not algebra"
-part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 
 echo; echo "== summary"
 cat "$summary"
