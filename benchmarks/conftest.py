@@ -47,6 +47,8 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
     outcomes: dict[str, dict | Exception] = {}
     exact = implementations.exact(case, device)
     textbook, where = measure.error(implementations.build(case, "textbook", device).result(), exact)
+    tf32 = device == "cuda" and case.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
+    products = "tf32" if tf32 else case.dtype
     competitors, info = {}, {}
     for name in names:
         try:
@@ -58,7 +60,7 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
             elif name != "compiled" or case.mode == "evaluation":
                 found, place = measure.error(competitor.result(), exact)
             if found is not None:
-                measure.assert_correct(name, found, place, textbook, case.dtype)
+                measure.assert_correct(name, found, place, textbook, products)
             saved = None
             if case.mode == "training":
                 saved = measure.saved_bytes(competitor.forward, competitor.free)
