@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 
 import pytest
@@ -64,6 +65,7 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
             saved = None
             if case.mode == "training":
                 saved = measure.saved_bytes(competitor.forward, competitor.free)
+            competitor.run()                # as a training step: not all that can go wrong does so without dropout
             competitors[name] = competitor
             info[name] = {"error_float64": found, "saved_bytes": saved, "preparation_seconds": round(time.perf_counter() - start, 2)}
         except Exception as reason:         # this implementation's test reports it, the others go on
@@ -101,8 +103,15 @@ def record(request, benchmark, measured_groups):
             competing = [item.callspec.params["implementation"] for item in request.session.items
                          if hasattr(item, "callspec") and item.callspec.params.get("case") == case]
             torch.compiler.reset()          # a group's compiled code is of no use to the next
-            measured_groups[case] = measure_group(case, competing, request.config.getoption("--device"),
-                                                  1 if benchmark.disabled else request.config.getoption("--rounds"))
+            rounds = 1 if benchmark.disabled else request.config.getoption("--rounds")
+            try:
+                measured_groups[case] = measure_group(case, competing, request.config.getoption("--device"), rounds)
+            except Exception as reason:     # nobody measures the group again
+                measured_groups[case] = dict.fromkeys(competing, reason)
+            for name, outcome in measured_groups[case].items():
+                if isinstance(outcome, Exception) and not isinstance(outcome, implementations.Unavailable):
+                    # At once: a run that is stopped has no summary.
+                    print(f"\n{case.group} / {name}: {type(outcome).__name__}: {outcome}", file=sys.__stderr__, flush=True)
         outcome = measured_groups[case][implementation]
         if isinstance(outcome, implementations.Unavailable):
             benchmark.skipped = True
