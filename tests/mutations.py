@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant("cpu", "index", "csrc/cpu/dropout.inl", "philox(mask.seed, n, mask.stream, d, words + d);", "philox(mask.seed, n, mask.stream, d, words);",
            "the words of a row lie on top of each other"),
     # ---- an encoder's layer as one node, and derivatives of its gradients
-    Mutant("cpu", "sign", ENCODER, "*needs[:3], qkv_bias.dtype, g_x)", "*needs[:3], qkv_bias.dtype)", "no gradient of x through the residual"),
-    Mutant("cpu", "mask", ENCODER, "needs[7], False, None, g_y)", "needs[7], False, None)", "no gradient around the inner layer"),
+    Mutant("cpu", "sign", ENCODER, "*needs[:3], qkv_bias.dtype, g_x, beside)", "*needs[:3], qkv_bias.dtype, None, beside)", "no gradient of x through the residual"),
+    Mutant("cpu", "mask", ENCODER, "needs[7], False, None, g_y, beside)", "needs[7], False, None, None, beside)", "no gradient around the inner layer"),
     Mutant("cpu", "barrier", "ada2i_fast/cpu/__init__.py", "        yield\n        flush()\n", "        yield\n", "calls that wait are never made"),
     Mutant("cpu", "barrier", "ada2i_fast/ops/linear.py", "    cpu.flush()\n    return _relu(F.linear(x, weight, bias), relu)", "    return _relu(F.linear(x, weight, bias), relu)",
            "MKL reads what has not been computed yet"),

@@ -520,6 +520,36 @@ def head_edges_case(checks: Checks) -> None:
 # ------------------------------------------------------------------------------------------------------------ encoders
 
 
+def counted_case(checks: Checks) -> None:
+    """A loss over the first rows alone, whatever is in the others: that of these rows, and no gradient elsewhere."""
+    from ada2i_fast.kernels import attention_mapping
+    from ada2i_fast.ops.attention_mapping import attention_mapping_torch
+
+    rows, counted, widths = 70, 41, [14, 9]
+    g = encoder_cases.generator().manual_seed(7)
+    shapes = [[(rows, d), (rows, d), (d, d), (d,)] for d in widths]
+    tensors = [[torch.randn(shape[i], generator=g) for shape in shapes] for i in range(4)]
+    grad_loss, count = torch.tensor(1.3), torch.tensor(counted)
+    for settings in ({}, {"library": True}):
+        def oracle(precision: torch.dtype):
+            leaves = [[t.to(precision).requires_grad_() for t in kind] for kind in tensors]
+            first = [[t[:counted] for t in kind] for kind in leaves[:2]]
+            loss = attention_mapping_torch(*first, *leaves[2:], [1.0 / (counted * d) for d in widths])
+            return loss.detach(), torch.autograd.grad(loss, [t for kind in leaves for t in kind], grad_loss.to(loss.dtype))
+
+        (exact, exact_grads), (plain, plain_grads) = oracle(torch.float64), oracle(torch.float32)
+        coefficient = [1.0 / (rows * d) for d in widths]
+        x, target, weight, bias = ([inside_nan(t) for t in kind] for kind in tensors)
+        overwritten: list = []
+        with library(settings), poisoned(overwritten):
+            loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient, count)
+            grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient, count)
+        checks.true(f"writes outside of buffers {overwritten}", not overwritten)
+        checks.against("loss", loss, plain, exact, torch.float32)
+        for name, a, b, c in zip([f"{kind} {j}" for kind in ("x", "target", "weight", "bias") for j in range(2)], grads, plain_grads, exact_grads):
+            checks.against(f"grad {name}", a, b, c, torch.float32)
+
+
 def fused_case(checks: Checks, x_type: str, other: str, rows: int, width: int, p: float) -> None:
     """relu_dropout and dropout_residual_norm."""
     from ada2i_fast.kernels import dropout
@@ -829,6 +859,7 @@ def cases(slow: bool) -> dict:
         for name, (*arguments, settings) in table.items():
             settings = settings | {"library": True}
             found[name] = lambda checks, case=case, arguments=(*arguments, settings): case(checks, *arguments)
+    found["mapping-counted"] = counted_case
     found["fusion-zeros"] = fusion_zeros_case
     for name, arguments in FUSION.items():
         found[name] = lambda checks, arguments=arguments: fusion_case(checks, *arguments)
