@@ -51,9 +51,7 @@ def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = (tl.program_id(1) % D_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = rows < rows_total
-    real = inside
     if COUNTED:
-        real = rows < tl.load(counted)
         coefficient = coefficient * rows_total / tl.load(counted)
     kind = x.dtype.element_ty
 
@@ -68,7 +66,8 @@ def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     difference = mapped - tl.load(select(local, targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
-    difference = tl.where(real[:, None], difference, 0.0)
+    if COUNTED:
+        difference = tl.where((rows < tl.load(counted))[:, None], difference, 0.0)
     sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
     tl.store(select(local, signs, COUNT) + at, sign, mask=mask)
     distance = tl.sum(tl.where(mask, tl.abs(difference), 0.0))

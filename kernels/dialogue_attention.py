@@ -331,7 +331,7 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
     if rows:
         meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         if meta["PRECISION"] == "ieee":     # or it spills
-            meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4)
+            meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4, num_stages=1)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, count(lengths))
         with torch.cuda.device_of(qkv):
@@ -351,7 +351,7 @@ def constants(dtype: torch.dtype, width: int, heads: int, rows: int, dialogues: 
     precision = common.precision(dtype)
     block = min(max(16, triton.next_power_of_2(head)), 64 if precision == "ieee" else 128)
     return {"HEADS": heads, "HEAD": head, "OPERAND": common.storage_operand(dtype), "PRECISION": precision,
-            "BLOCK_N": common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4, "num_stages": 1 if block > 64 else 2, "enable_fp_fusion": True}
+            "BLOCK_N": 16 if head > 128 and block > 64 else common.rows_per_block(rows, dialogues), "BLOCK_D": block, "num_warps": 4, "num_stages": 1 if block > 64 else 2, "enable_fp_fusion": True}
 
 
 def why_not(device: str, dtype: torch.dtype, widths: Sequence[int], rank: int = 1) -> str | None:

@@ -126,11 +126,9 @@ def norm_rows(x, bias, residual, weight, norm_bias, out, rounded, means, rstds, 
     d = own + tl.arange(0, BLOCK_D)
     y = (s - mean[:, None]) * rstd[:, None] * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     y += tl.load(norm_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    at = rows[:, None] * D + d[None, :]
-    mask = inside[:, None] & (d < D)[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + rows[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if TWICE:
-        tl.store(rounded + at, y.to(rounded.dtype.element_ty), mask=mask)
+        tl.store(rounded + rows[:, None] * D + d[None, :], y.to(rounded.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
