@@ -217,3 +217,17 @@ def test_peak_memory_of_a_training_step():
     theirs, ours = (memory.measure(case, name, threads=1) for name in ("textbook", "cpu"))
     assert saved < theirs < 1.25 * saved
     assert ours <= 0.4 * theirs, f"{ours / 2 ** 20:.0f} of {theirs / 2 ** 20:.0f} MiB"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [TINY, cases.MELD], ids=["tiny", "meld"])
+def test_steps_are_measured_on_a_gpu(shape, dtype):
+    from benchmarks.conftest import measure_group
+
+    names = ["textbook", "triton", "cuda", "graph"]
+    outcomes = measure_group(cases.Case("model", shape, dtype=dtype), names, "cuda", 1)
+    for name in names:
+        if isinstance(outcomes[name], Exception):
+            raise outcomes[name]
+        assert len(outcomes[name]["samples"]) == 1
