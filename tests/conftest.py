@@ -16,6 +16,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def captured():
+    """captured(step): a CUDA graph of the step, which has run on a side stream before, and what its capture returned."""
+    def capture(step):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        return graph, result
+
+    return capture
+
+
 @pytest.fixture(params=sorted(p.stem for p in GOLDEN.glob("*.json")))
 def golden(request) -> GoldenCase:
     return GoldenCase(request.param)

@@ -162,24 +162,17 @@ def test_another_stream():
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_cuda_graph():
+def test_cuda_graph(captured):
     """Captured once, replayed on new numbers after many other batches; without a step before it, capture says so."""
     from ada2i_fast.kernels import dialogue_attention
 
     inputs, lengths = step_inputs(41), [17, 0, 24]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(inputs, lengths)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(inputs, lengths)
+    graph, replayed = captured(lambda: step(inputs, lengths))
     for n in range(dialogue_attention.MOST_BATCHES + 1):
         dialogue_attention.dialogue_offsets([n, 1], torch.device(DEVICE, torch.cuda.current_device()))
     inputs["qkv"].mul_(0.5)
     inputs["tensors"][0].mul_(0.5)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(inputs, lengths)))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(inputs, lengths)))
     with pytest.raises(RuntimeError, match="warm-up"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         step(inputs, [16, 25])

@@ -65,7 +65,7 @@ def test_shim_and_gpu_agree_on_the_mask():
         assert torch.equal(result[f"out[{j}]"].cpu() != 0, keep_mask(inputs["seed"], j, 66, width, 0.5))
 
 
-def test_cuda_graph():
+def test_cuda_graph(captured):
     """Both ops, forward and backward, captured once and replayed on new numbers."""
     inputs = cases.to(cases.ring_inputs(cases.Ring(11, (60, 37, 64), (20, 0, 50), dropout=0.5), "float32"), "cuda")
     mapping = cases.to(cases.mapping_inputs(cases.Mapping((60, 37), 70), "float32"), "cuda")
@@ -73,20 +73,13 @@ def test_cuda_graph():
     def step():
         return [*cases.ring_cuda(inputs).values(), *cases.mapping_cuda(mapping).values()]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     for t in inputs["x"] + mapping["x"]:
         t.mul_(0.5)
     inputs["seed"].add_(1)
     graph.replay()
     torch.cuda.synchronize()
-    for got, expected in zip(captured, step(), strict=True):
+    for got, expected in zip(replayed, step(), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -148,6 +141,9 @@ def test_layer_is_the_two_ops(case, dtype, backend):
     if backend == "cuda":
         layer.assert_is_the_two_ops(case, on_device(layer.inputs(case, dtype)), backend)
     else:
+        # Other code sums in another order. A gradient of a weight is a sum of 500 terms of size 1 and reaches some 50: 500 roundings of
+        # 2^-24 of that are 1.5e-3 at worst. 16-bit numbers are stored between the kernels: if every term is off by 2^-8, half of it in the
+        # mean, the sum is by sqrt(500) 2^-9 = 0.04, in its largest elements twice that.
         tolerance = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
         layer.assert_is_the_two_ops(case, on_device(layer.decided(case, dtype)), backend, **tolerance)
 
@@ -238,25 +234,17 @@ def test_layer_on_several_streams(backend):
 
 
 @each_backend
-def test_layer_in_a_cuda_graph(backend):
+def test_layer_in_a_cuda_graph(backend, captured):
     """Captured once, replayed on new numbers; nothing waits for the device."""
     at = layer.leaves(on_device(layer.inputs(layer.IEMOCAP, torch.float32)), layer.NAMES)
     step, _ = layer_of(layer.IEMOCAP, at, backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         for t in at["x"]:
             t.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for got, expected in zip(captured, step(), strict=True):
+    for got, expected in zip(replayed, step(), strict=True):
         assert torch.equal(got, expected)
 
 

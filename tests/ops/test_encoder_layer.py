@@ -445,7 +445,7 @@ def test_second_derivatives_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", AUTOCAST[:2], ids=str)
-def test_in_a_cuda_graph(autocast):
+def test_in_a_cuda_graph(autocast, captured):
     """Where gradients of weights are a branch beside the rest."""
     lengths, heads = [40, 0, 24], 4
     x, parameters, grad = on_gpu(64, 64, 96)
@@ -453,16 +453,9 @@ def test_in_a_cuda_graph(autocast):
     def step():
         return run(nodes, x, parameters, grad, lengths, heads, 0.3, autocast=autocast)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     for factor in (0.5, 3.0):
         x.mul_(factor)
         graph.replay()
-        for i, (got, e) in enumerate(zip(captured, step(), strict=True)):
+        for i, (got, e) in enumerate(zip(replayed, step(), strict=True)):
             assert (got - e).norm() <= 1e-5 * e.norm(), i

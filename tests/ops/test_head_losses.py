@@ -344,7 +344,7 @@ def test_triton_on_a_gpu(case, dtype, parameters):
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
+def test_in_a_cuda_graph(captured):
     drawn = {name: [h.cuda() for h in t] if isinstance(t, list) else t.cuda()
              for name, t in inputs(SHAPES["iemocap"], torch.float32).items()}
     tensors = leaves(drawn)
@@ -353,18 +353,11 @@ def test_in_a_cuda_graph():
         log_prob, loss = call(drawn, tensors, "triton")
         return [log_prob.detach(), loss.detach(), *torch.autograd.grad(loss, tensors)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         tensors[0].mul_(0.5)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step()))
 
 
 def test_refusals():
