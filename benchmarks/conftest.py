@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 
+from ada2i_fast import backends
+
 from . import implementations, machine, measure, report
 from .cases import Case, floor_seconds, work
 
@@ -48,8 +50,7 @@ def measure_group(case: Case, names: list[str], device: str, rounds: int | None 
     outcomes: dict[str, dict | Exception] = {}
     exact = implementations.exact(case, device)
     textbook, where = measure.error(implementations.build(case, "textbook", device).result(), exact)
-    tf32 = device == "cuda" and case.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
-    products = "tf32" if tf32 else case.dtype
+    products = "tf32" if device == "cuda" and case.dtype == "float32" and backends.tf32() else case.dtype
     competitors, info = {}, {}
     for name in names:
         try:

@@ -210,11 +210,11 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
     launches = []
     programs = 0
     for group in common.groups((t.shape[1], c) for t, c in zip(x, coefficient)):
-        grid = (triton.cdiv(rows, meta["BLOCK_N"]), len(group) * triton.cdiv(x[group[0]].shape[1], meta["BLOCK_D"]))
+        grid = (common.cdiv(rows, meta["BLOCK_N"]), len(group) * common.cdiv(x[group[0]].shape[1], meta["BLOCK_D"]))
         launches.append((group, grid, programs))
         programs += grid[0] * grid[1]
     losses = x[0].new_empty((programs,), dtype=torch.float32)
-    with torch.cuda.device_of(x[0]):
+    with common.device_of(x[0]):
         for group, grid, first in launches:
             mine = partial(common.pick, group)
             map_forward[grid](
@@ -232,16 +232,16 @@ def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[
         width = x_j.shape[1]
         for first, last in common.chunks(x_j.shape[0], 4 * width):
             launches.append((j, width, first, last, programs))
-            programs += triton.cdiv((last - first) * width, FLAT)
+            programs += common.cdiv((last - first) * width, FLAT)
     losses = x[0].new_empty((programs,), dtype=torch.float32)
-    with torch.cuda.device_of(x[0]):
+    with common.device_of(x[0]):
         for j, width, first, last, place in launches:
             if first == 0:
                 mapped = x[j].new_empty((last, width), dtype=torch.float32)
                 right = weight[j].to(x[j].dtype).t()
             n = last - first
             common.product(x[j][first:last], right, mapped[:n])
-            distance[(triton.cdiv(n * width, FLAT),)](
+            distance[(common.cdiv(n * width, FLAT),)](
                 mapped, target[j], bias[j], sign[j], losses, counted, x[j].shape[0], first, last, place, coefficient[j],
                 COUNTED=counted is not None, D=width, BLOCK=FLAT, num_warps=4, enable_fp_fusion=True)
     return losses.sum()
@@ -272,14 +272,14 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
         backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
         return results
     meta = constants(x[0].dtype)
-    row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
-    splits = min(common.MAX_SPLITS, triton.cdiv(row_blocks, 4))
-    with torch.cuda.device_of(x[0]):
+    row_blocks = common.cdiv(rows, meta["BLOCK_N"])
+    splits = min(common.MAX_SPLITS, common.cdiv(row_blocks, 4))
+    with common.device_of(x[0]):
         for group in common.groups((t.shape[1], c) for t, c in zip(x, coefficient)):
             mine = partial(common.pick, group)
             width, count = x[group[0]].shape[1], len(group)
-            blocks = triton.cdiv(width, meta["BLOCK_D"])
-            length = triton.cdiv(width * width + width, 4) * 4
+            blocks = common.cdiv(width, meta["BLOCK_D"])
+            length = common.cdiv(width * width + width, 4) * 4
             gradients = x[0].new_empty((splits, count, length), dtype=torch.float32)
             map_backward[(row_blocks * count * blocks + splits * count * blocks * blocks,)](
                 grad_loss, mine(x), mine(sign), mine(weight),
@@ -297,13 +297,13 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
     late = dtype == torch.float16
     float32 = {"dtype": torch.float32}
     factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
-    with torch.cuda.device_of(x[0]):
+    with common.device_of(x[0]):
         for j, c in enumerate(coefficient):
             width, factor = x[j].shape[1], factors[c]
             ranges = common.chunks(rows, (4 if late else dtype.itemsize) * width)
             most = ranges[0][1]
             signs = x[j].new_empty((most, width))
-            sums = x[j].new_empty((triton.cdiv(rows, BLOCK_ROWS), width), **float32)
+            sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width), **float32)
             grad_phi = x[j].new_empty((len(ranges), width, width), **float32)
             if late:
                 right, unscaled = weight[j].to(dtype), x[j].new_empty((most, width), **float32)
@@ -312,7 +312,7 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
                 torch.mul(weight[j].to(torch.float32), factor, out=right)
             for place, (first, last) in enumerate(ranges):
                 n = last - first
-                expand_signs[(triton.cdiv(n, BLOCK_ROWS) * triton.cdiv(width, BLOCK_COLUMNS),)](
+                expand_signs[(common.cdiv(n, BLOCK_ROWS) * common.cdiv(width, BLOCK_COLUMNS),)](
                     factor, sign[j], grad_target[j], signs, sums, first, last, D=width, BLOCK_N=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS,
                     num_warps=4, enable_fp_fusion=True)
                 if late:

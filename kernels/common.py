@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ada2i_fast.backends import tf32
 from ada2i_fast.ops.dropout import threshold
 
 MAX_RANK = 32
@@ -232,7 +233,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "tf32"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if tf32() else "ieee"
 
 
 def through_library(dtype: torch.dtype, rows: int) -> bool:

@@ -295,9 +295,9 @@ def forward(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None, label
     meta = constants(weight.dtype, classes)
     if rows <= FEW_ROWS:
         meta["BLOCK_N"] = 4
-    programs = triton.cdiv(rows, meta["BLOCK_N"])
+    programs = common.cdiv(rows, meta["BLOCK_N"])
     scores = None if labels is None else weight.new_empty((programs, count), dtype=torch.float32)
-    with torch.cuda.device_of(weight):
+    with common.device_of(weight):
         fuse_forward[(programs,)](
             tuple(hidden), weight, bias, labels, joint, log_prob, norms, scores, rows, scale, M=count, D=width, C=classes, AMW=amw,
             OVER_CLASSES=cosine_norm == "classes", LINEAR=score_from == "linear", **meta)
@@ -324,13 +324,13 @@ def backward(grad_joint: Tensor, hidden: Sequence[Tensor], weight: Tensor, norm:
             t.zero_()
         return results
     meta = constants(weight.dtype, classes)
-    row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
-    splits = min(common.MAX_SPLITS, triton.cdiv(row_blocks, 4))
-    blocks = triton.cdiv(width, meta["BLOCK_D"])
-    length = triton.cdiv(classes * width + classes, 4) * 4
+    row_blocks = common.cdiv(rows, meta["BLOCK_N"])
+    splits = min(common.MAX_SPLITS, common.cdiv(row_blocks, 4))
+    blocks = common.cdiv(width, meta["BLOCK_D"])
+    length = common.cdiv(classes * width + classes, 4) * 4
     gradients = weight.new_empty((splits, count, length), dtype=torch.float32)
     over_classes = cosine_norm == "classes"
-    with torch.cuda.device_of(weight):
+    with common.device_of(weight):
         fuse_backward[(row_blocks * count + splits * count * blocks,)](
             grad_joint, tuple(hidden), weight, norm, tuple(grad_hidden), gradients, rows, row_blocks, splits, scale, M=count, D=width,
             C=classes, LENGTH=length, AMW=amw, OVER_CLASSES=over_classes, **meta)

@@ -312,7 +312,7 @@ def forward(qkv: Tensor, lengths: Sequence[int] | Tensor, heads: int, p: float, 
     if rows:
         meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         offsets = dialogue_offsets(lengths, qkv.device)
-        with torch.cuda.device_of(qkv):
+        with common.device_of(qkv):
             attend[grid(meta, rows, count(lengths))](
                 qkv, offsets, out, logsum, seed, count(lengths), stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
                 **common.dropout_arguments(p), **meta)
@@ -334,7 +334,7 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
             meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4, num_stages=1)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, count(lengths))
-        with torch.cuda.device_of(qkv):
+        with common.device_of(qkv):
             attend_gradients[(2 * tiles, programs)](
                 grad_out, qkv, offsets, out, logsum, grad, seed, count(lengths), tiles, stream, meta["HEAD"] ** -0.5, 1.0 / (1.0 - p),
                 **common.dropout_arguments(p), **meta)
@@ -342,7 +342,7 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
 
 
 def grid(meta: dict, rows: int, dialogues: int) -> tuple[int, int]:
-    return rows // meta["BLOCK_N"] + dialogues, meta["HEADS"] * triton.cdiv(meta["HEAD"], meta["BLOCK_D"])
+    return rows // meta["BLOCK_N"] + dialogues, meta["HEADS"] * common.cdiv(meta["HEAD"], meta["BLOCK_D"])
 
 
 def constants(dtype: torch.dtype, width: int, heads: int, rows: int, dialogues: int) -> dict:

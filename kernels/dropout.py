@@ -200,8 +200,8 @@ def relu_forward(x: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream:
     out = torch.empty_like(x)
     if rows:
         meta = constants(width, widest=256)
-        with torch.cuda.device_of(x):
-            relu_rows[(triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(width, meta["BLOCK_D"]))](
+        with common.device_of(x):
+            relu_rows[(common.cdiv(rows, meta["BLOCK_N"]), common.cdiv(width, meta["BLOCK_D"]))](
                 x, bias, out, seed, rows, stream, 1.0 / (1.0 - p), **common.dropout_arguments(p), **meta)
     return out
 
@@ -220,8 +220,8 @@ def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm
     twice = [] if rounded is None else [torch.empty_like(residual, dtype=rounded)]
     if rows:
         meta = constants(width, widest=2048)
-        with torch.cuda.device_of(x):
-            norm_rows[(triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(width, meta["BLOCK_D"]))](
+        with common.device_of(x):
+            norm_rows[(common.cdiv(rows, meta["BLOCK_N"]), common.cdiv(width, meta["BLOCK_D"]))](
                 x, bias, residual, weight, norm_bias, out, twice[0] if twice else None, mean, rstd, seed, rows, stream, eps, 1.0 / (1.0 - p),
                 TWICE=bool(twice), **common.dropout_arguments(p), **meta)
     return [out, mean, rstd, *twice]
@@ -238,11 +238,11 @@ def relu_backward(grad_out: Tensor, out: Tensor, p: float) -> list[Tensor]:
     if rows == 0:
         return zeroed(grads)
     meta = constants(width, widest=256)
-    row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
+    row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(MAX_SPLITS, row_blocks)
     partial = out.new_empty((splits, 1, width), dtype=torch.float32)
-    with torch.cuda.device_of(out):
-        relu_gradients[(triton.cdiv(width, meta["BLOCK_D"]), splits)](
+    with common.device_of(out):
+        relu_gradients[(common.cdiv(width, meta["BLOCK_D"]), splits)](
             grad_out, out, grads[0], partial, rows, row_blocks, splits, 1.0 / (1.0 - p), **meta)
         common.reduce(partial, [grads[1:]])
     return grads
@@ -258,11 +258,11 @@ def norm_backward(grad_out: Tensor, x: Tensor, bias: Tensor, residual: Tensor, w
     if rows == 0:
         return zeroed(grads)
     meta = constants(width, widest=2048)
-    row_blocks = triton.cdiv(rows, meta["BLOCK_N"])
+    row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(MAX_SPLITS, row_blocks)
     partial = x.new_empty((splits, 1, 3 * width), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        norm_gradients[(splits, triton.cdiv(width, meta["BLOCK_D"]))](
+    with common.device_of(x):
+        norm_gradients[(splits, common.cdiv(width, meta["BLOCK_D"]))](
             grad_out, x, bias, residual, weight, mean, rstd, grads[0], grads[2], partial, seed, rows, row_blocks, splits, stream,
             1.0 / (1.0 - p), **common.dropout_arguments(p), **meta)
         common.reduce(partial, [[grads[1]], [grads[3]], [grads[4]]])

@@ -275,10 +275,10 @@ def forward(joint: Tensor, head: Sequence[Tensor], labels: Tensor | None, extra:
         results += [loss, counted]
         if rows <= WALK * block:
             per_program = WALK * block
-        partial = joint.new_empty((triton.cdiv(rows, per_program), 3), dtype=torch.float32)
-    programs = triton.cdiv(rows, per_program)
+        partial = joint.new_empty((common.cdiv(rows, per_program), 3), dtype=torch.float32)
+    programs = common.cdiv(rows, per_program)
     w_1, b_1, w_2, b_2 = head or (None,) * 4
-    with torch.cuda.device_of(joint):
+    with common.device_of(joint):
         losses_forward[(programs,)](joint, w_1, b_1, w_2, b_2, labels, extra, log_prob, partial, loss, counted, rows, per_program,
                                     C=classes, CP=padded, I=w_1.shape[0] if head else 0, BLOCK_N=block, num_warps=8,
                                     enable_fp_fusion=True)
@@ -302,15 +302,15 @@ def backward(grad_log_prob: Tensor | None, grad_loss: Tensor | None, joint: Tens
             t.zero_()
         return [grad_joint, *grads]
     block, block_inner = 16, 32
-    row_blocks = triton.cdiv(rows, block)
+    row_blocks = common.cdiv(rows, block)
     inner, splits, gradients = 0, 0, None
     if head:
         inner = head[0].shape[0]
         splits = min(SPLITS, row_blocks)
         gradients = joint.new_empty((splits, 1, sum(t.numel() for t in head)), dtype=torch.float32)
     w_1, b_1, w_2, _ = head or (None,) * 4
-    with torch.cuda.device_of(joint):
-        losses_backward[(row_blocks + splits * triton.cdiv(inner, block_inner),)](
+    with common.device_of(joint):
+        losses_backward[(row_blocks + splits * common.cdiv(inner, block_inner),)](
             grad_log_prob, grad_loss, joint, w_1, b_1, w_2, labels, log_prob, counted, grad_joint, gradients, rows, row_blocks, splits,
             C=classes, CP=max(16, triton.next_power_of_2(classes)), I=inner, LENGTH=gradients.shape[2] if head else 0, BLOCK_N=block,
             BLOCK_I=block_inner, num_warps=4, num_stages=1, enable_fp_fusion=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.afw_layer import masked
+from ..ops.attention_mapping import masked
 from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
 
 KINDS = (("proj_weight", 4), ("proj_bias", 4), ("map_weight", 1), ("map_bias", 1), ("phi_weight", 1), ("phi_bias", 1))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .attention_mapping import attention_mapping, attention_mapping_torch, coefficients
+from .attention_mapping import attention_mapping, attention_mapping_torch, beyond, coefficients, masked
 from .dropout import gradients_through
 from .tensor_ring import check_layer, ring_rows, tensor_ring, tensor_ring_torch
 
@@ -100,13 +100,6 @@ def _counts_rows(layer: ModuleType, rows: Tensor | None) -> bool:
     return rows is not None and getattr(layer, "COUNTS_ROWS", False)
 
 
-def masked(target: Sequence[Tensor], bias: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """The target with Phi's bias in the rows from `rows` on, where x is 0: a difference, and a sign, of exactly 0. A bias of another dtype is
-    rounded, as backends do."""
-    beyond = torch.arange(target[0].shape[0], device=rows.device)[:, None] >= rows
-    return [torch.where(beyond, b.detach().to(t.dtype), t) for b, t in zip(bias, target)]
-
-
 def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The parameters as the backend takes them: as they are where that is possible, else in the dtype of x, cast all at once."""
     m = len(tensors) // 13
@@ -123,8 +116,8 @@ def _in_torch(tensors, rows, offsets, ring, scale, beta, dropout, seed, gated_ta
                                     beta, dropout, seed, gated_target)
     if rows is None:
         return [*out, attention_mapping_torch(x, target, phi_weight, phi_bias, coefficient)]
-    beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
-    x = [t.masked_fill(beyond, 0.0) for t in x]
+    outside = beyond(x[0], rows)
+    x = [t.masked_fill(outside, 0.0) for t in x]
     loss = attention_mapping_torch(x, masked(target, phi_bias, rows), phi_weight, phi_bias, coefficient)
     return [*out, loss * x[0].shape[0] / rows]
 
@@ -149,8 +142,8 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     unmasked = rows is not None and served == "cpu"         # the library has no mask
     separate = served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors)
     if rows is not None and with_loss and (separate or not _counts_rows(backends.module("afw_layer", served), rows)):
-        beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
-        x = [t.masked_fill(beyond, 0.0) for t in x]
+        outside = beyond(x[0], rows)
+        x = [t.masked_fill(outside, 0.0) for t in x]
         tensors[:len(x)] = x
     if separate:
         weight, bias = stacked(proj_weight, proj_bias)
@@ -160,7 +153,6 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
             return out, None
         return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend)
     check_layer(x, dropout)
-    m = len(x)
     if dropout == 0.0:
         seed = None
     elif seed is None:

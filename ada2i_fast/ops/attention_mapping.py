@@ -41,6 +41,18 @@ def coefficients(target: Sequence[Tensor], reduction: str) -> list[float]:
     return [1.0 / n if n else 0.0 for n in elements]
 
 
+def beyond(x: Tensor, rows: Tensor) -> Tensor:
+    """bool [N, 1], True for the rows of x [N, ..] from `rows` (int64 []) on."""
+    return torch.arange(x.shape[0], device=rows.device)[:, None] >= rows
+
+
+def masked(target: Sequence[Tensor], bias: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """The target with Phi's bias in the rows from `rows` on, where x is 0: a difference, and a sign, of exactly 0. A bias of another dtype is
+    rounded, as backends do."""
+    outside = beyond(target[0], rows)
+    return [torch.where(outside, b.detach().to(t.dtype), t) for b, t in zip(bias, target)]
+
+
 # ------------------------------------------------------------------------------------------------------- the registered ops
 
 _ops = torch.library.Library("ada2i_fast", "FRAGMENT")
@@ -123,9 +135,8 @@ def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Seq
     target = [t if t.dtype == dtype else t.to(dtype) for t in target]
     backend = backends.choose("attention_mapping", x, backend)
     weight, bias = fitting("attention_mapping", backend, dtype, weight, bias)
-    if rows is not None:                                        # Phi 0 = phi: a difference, and a sign, of exactly 0
-        beyond = torch.arange(x[0].shape[0], device=rows.device)[:, None] >= rows
-        target = [torch.where(beyond, b.detach().to(dtype), t) for b, t in zip(bias, target)]
+    if rows is not None:
+        target = masked(target, bias, rows)
         return attention_mapping(x, target, weight, bias, reduction=reduction, backend=backend) * x[0].shape[0] / rows
     if backend == "torch":
         with torch.autocast(x[0].device.type, enabled=False):

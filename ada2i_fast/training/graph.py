@@ -9,6 +9,7 @@ needs for its intermediate results is shared by all.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Callable, ContextManager, Mapping, NamedTuple, Sequence
 
@@ -170,19 +171,15 @@ class GraphedStep:
         with self.context():
             out = self.model(batch)
         with branch(self.device) as beside:                     # backward does not wait for what is only looked at
-            observed = self._modulated if modulate else self._unmodulated
-            head = beside(observed, out.loss.detach(), out.feature_loss.detach(), *[rho.detach() for rho in out.ratio.values()])
+            head = beside(functools.partial(self._observed, modulate), out.loss.detach(), out.feature_loss.detach(), *[rho.detach() for rho in out.ratio.values()])
             out.loss.backward()
             self.optimizer.step(out.ratio if modulate else None)
         return torch.cat((head, self.optimizer.last_norm.to(head).reshape(1)))
 
-    def _modulated(self, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
+    def _observed(self, modulate: bool, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
         ratio = torch.stack(ratios)
-        coefficient = modulation_coefficients({"all": ratio}, self.model.config.alpha)["all"]
+        coefficient = modulation_coefficients({"all": ratio}, self.model.config.alpha)["all"] if modulate else torch.ones_like(ratio)
         return torch.cat((torch.stack((loss, feature_loss.to(loss))), ratio.to(loss), coefficient.to(loss)))
-
-    def _unmodulated(self, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
-        return torch.stack((loss, *[t.to(loss) for t in (feature_loss, *ratios)], *[torch.ones_like(loss)] * len(ratios)))
 
     def _result(self, vector: Tensor) -> StepResult:
         names = self.model.config.modalities
