@@ -10,8 +10,9 @@
 // operands are rounded to bf16 and the sum is float32; elsewhere bf16 and half are widened and multiplied in float32. AMX takes 16 steps
 // at once: operands are filled up with zeros to a whole number of those.
 //
-// AMX multiplies floats too, as bf16x3: x = x0 + x1 + x2, each the rest of x rounded to bf16 (halves up), holds the 24 bits of a float. Of the nine
-// products of two such sums the three smallest, some 2^-26 of the whole, are left out (Henry, Tang and Heinecke, 2019). Six products in tiles
+// AMX multiplies floats too, as bf16x3: x = x0 + x1 + x2 holds the 24 bits of a float, x0 being x rounded to bf16 (halves up), x1 and x2 the
+// upper and the lower bits of the rest. Of the nine products of two such sums the three smallest, on average some 2^-26 of the whole,
+// are left out (Henry, Tang and Heinecke, 2019). Six products in tiles
 // take less time than one in vectors. As everywhere in AMX subnormal numbers count as 0, those of x1 and x2 too; infinities, and numbers
 // that round to one in bf16 (above 3.39e38), give NaN. The parts of 16 steps lie one after the other.
 
@@ -104,6 +105,17 @@ static __attribute__((noinline)) void vector_kernel(const U* left, const U* pane
     for (int v = 0; v < width; ++v) __builtin_memcpy(c + i * kColumns<T> + v * lanes, &total[i][v], kBytes);
 }
 
+// Work beside tiles: a multiplication of tiles takes 16 cycles, in which the processor does something else for nothing, as long as there is no
+// more of it than some hundred instructions between four multiplications; then it no longer sees the next ones coming. `beside` of what
+// follows is an object, with beside() for each four multiplications, and served(strip) for each strip of a panel that is done.
+struct Nothing {
+  ALWAYS_INLINE void operator()() {}
+  ALWAYS_INLINE void served(int64_t) {}
+};
+template <class L, class E> constexpr int kFours = Step<L>::parts == 3 ? 6 : Step<E>::parts;   // in kStepBlock steps
+constexpr int64_t kTile = 32 * 32;
+template <class E> constexpr int64_t kPart = Step<E>::parts == 3 ? 64 : 128;               // steps whose panel stays in the first-level cache
+
 template <class E> struct Engine { Engine() {} };                                     // what has to be set up before a micro-kernel
 #if defined(__AMX_BF16__)
 // The shapes of the tiles, all of 16 rows of 64 bytes, for as long as it lives: 0 to 3 accumulate, 4 and 5 are left, 6 and 7 right.
@@ -116,9 +128,9 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// c (+)= left * panel
-template <class L, class E, int width, bool add>
-static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel, int64_t count, float* c) {
+// c (+)= left * panel. next: the c that follows, whose lines are fetched meanwhile.
+template <class L, class E, int width, bool add, class F>
+static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel, int64_t count, float* c, const float* next, F& beside) {
   constexpr int columns = kColumns<float>, part = 32 * 16;                            // words of a part, left and right
   if (add) {
     _tile_loadd(0, c, 4 * columns);
@@ -156,10 +168,29 @@ static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel,
     _tile_dpbf16ps(3, 5, 7);
     _tile_loadd(7, r + which * part + 16, 4 * columns);
   };
+  const float* const end = next + kTile;
+  auto meanwhile = [&]() __attribute__((always_inline)) {
+    if (next < end) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i, next += 16) __builtin_prefetch(next);
+    }
+    beside();
+  };
   for (; count > 0; count -= 16, l += Step<L>::parts * part, r += Step<E>::parts * part) {
-    if (Step<L>::parts == 3) take(2, 0), then_left(1), then_right(1), then_left(0), then_right(2), then_right(0);
-    else if (Step<E>::parts == 3) take(0, 2), then_right(1), then_right(0);
-    else take(0, 0);
+    if (Step<L>::parts == 3) {
+      take(2, 0), meanwhile();
+      then_left(1), meanwhile();
+      then_right(1), meanwhile();
+      then_left(0), meanwhile();
+      then_right(2), meanwhile();
+      then_right(0), meanwhile();
+    } else if (Step<E>::parts == 3) {
+      take(0, 2), meanwhile();
+      then_right(1), meanwhile();
+      then_right(0), meanwhile();
+    } else {
+      take(0, 0), meanwhile();
+    }
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     if (width == 1) continue;
@@ -171,7 +202,6 @@ static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel,
   _tile_stored(2, c + 16 * columns, 4 * columns);
   _tile_stored(3, c + 16 * columns + 16, 4 * columns);
 }
-template <class E> constexpr int64_t kPart = Step<E>::parts == 3 ? 64 : 128;          // steps whose panel stays in the first-level cache
 template <> struct Engine<bf16> : Tiles {};
 template <> struct Engine<bf16x3> : Tiles {};
 #endif
@@ -191,8 +221,10 @@ template <class Layout, class L, class E> INLINE void micro_kernel(const L* left
     const E* times = panel + start * kColumns<T> * per;
     const bool wide = columns > Lanes<T>::count;
 #if defined(__AMX_BF16__)
-    if constexpr (kTiles<E>) wide ? tile_kernel<L, E, 2, false>(from, times, here, to) : tile_kernel<L, E, 1, false>(from, times, here, to);
-    else
+    if constexpr (kTiles<E>) {
+      Nothing nothing;
+      wide ? tile_kernel<L, E, 2, false>(from, times, here, to, to, nothing) : tile_kernel<L, E, 1, false>(from, times, here, to, to, nothing);
+    } else
 #endif
     if (wide) vector_kernel<Layout, 2>((const Word<E>*)from, (const Word<E>*)times, here, to);
     else vector_kernel<Layout, 1>((const Word<E>*)from, (const Word<E>*)times, here, to);
@@ -217,20 +249,23 @@ INLINE void multiply(const L* left, const E* right, int64_t k, int64_t n, F cons
 // For tiles: sums (+)= the product of `strips` left operands, `each` apart, a panel of the right operand after the other; kTile numbers,
 // [kHeight][kColumns], for each strip and panel, at sums + (panel * strips + strip) * kTile. Tiles are faster than the second-level cache: of a
 // panel as many steps as stay in the first serve one strip after the other.
-constexpr int64_t kTile = 32 * 32;
-template <class L, class E>
-INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, float* sums, bool add) {
+template <class L, class E, class F>
+INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, float* sums, bool add, F& beside) {
 #if defined(__AMX_BF16__)
   constexpr int64_t per = Step<E>::elements, columns = kColumns<float>;
-  typedef void Kernel(const L*, const E*, int64_t, float*);
-  static Kernel* const kernels[2][2] = {{tile_kernel<L, E, 1, false>, tile_kernel<L, E, 1, true>}, {tile_kernel<L, E, 2, false>, tile_kernel<L, E, 2, true>}};
+  typedef void Kernel(const L*, const E*, int64_t, float*, const float*, F&);
+  static Kernel* const kernels[2][2] = {{tile_kernel<L, E, 1, false, F>, tile_kernel<L, E, 1, true, F>},
+                                        {tile_kernel<L, E, 2, false, F>, tile_kernel<L, E, 2, true, F>}};
   const int64_t count = padded_steps<E>(k);
   const Engine<E> engine;
   for (int64_t column = 0; column < n; column += columns, sums += strips * kTile)
     for (int64_t start = 0; start == 0 || start < count; start += kPart<E>)
-      for (int64_t strip = 0; strip < strips; ++strip)
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        float* c = sums + strip * kTile;
         kernels[n - column > columns / 2][add || start > 0](left + strip * each + start * kHeight<E> * per, right + (column * count + start * columns) * per,
-                                                           smaller(kPart<E>, count - start), sums + strip * kTile);
+                                                           smaller(kPart<E>, count - start), c, c + kTile, beside);
+        if (start + kPart<E> >= count) beside.served(strip);
+      }
 #endif
 }
 
@@ -277,20 +312,19 @@ template <class F> INLINE Steps<bf16> steps_from(bf16*, int64_t d, int64_t n, F 
 INLINE Vector<float> add_steps(Vector<float> total, Steps<bf16> steps) { return multiply_add(total, Step<bf16>::one, steps.part[0]); }
 #endif
 #if defined(__AMX_BF16__)
-// Steps of two elements from the vectors of the first and of the second ones, without a shuffle.
+// A word of each pair of floats, their upper halves.
+INLINE Vector<uint32_t> upper_halves(Vector<float> first, Vector<float> second) {
+  return (Vector<uint32_t>)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)((Vector<uint32_t>)first >> 16), (__m512i)second);
+}
+// Steps of two elements from the vectors of the first and of the second ones, without a shuffle. x1 is cut off, not rounded: its 8 bits and
+// those of x2 hold all that x0 leaves, and as x0 is rounded the products left out have either sign.
 INLINE Steps<bf16x3> split(Vector<float> first, Vector<float> second) {
   typedef Vector<uint32_t> Bits;
   constexpr uint32_t upper = 0xffff0000;
-  Steps<bf16x3> found;
-#pragma GCC unroll 2
-  for (int part = 0; part < 2; ++part) {
-    const Bits a = ((Bits)first + 0x8000) & upper, b = ((Bits)second + 0x8000) & upper;
-    found.part[part] = a >> 16 | b;
-    first -= (Vector<float>)a;
-    second -= (Vector<float>)b;
-  }
-  found.part[2] = (Bits)first >> 16 | ((Bits)second & upper);
-  return found;
+  const auto a = (Vector<float>)(((Bits)first + 0x8000) & upper), b = (Vector<float>)(((Bits)second + 0x8000) & upper);
+  const auto rest_a = first - a, rest_b = second - b;
+  return {{upper_halves(a, b), upper_halves(rest_a, rest_b),
+           upper_halves(rest_a - (Vector<float>)((Bits)rest_a & upper), rest_b - (Vector<float>)((Bits)rest_b & upper))}};
 }
 // Steps from 32 elements in a row.
 INLINE Steps<bf16x3> split_row(Vector<float> low, Vector<float> high) {
@@ -323,11 +357,21 @@ template <class E, class F> INLINE void pack_left(E* left, int i, int64_t k, F l
     put_left(left, i, d, steps_from((E*)0, d, k - d, [&](int64_t at) __attribute__((always_inline)) { return load_at(at, smaller(lanes, k - at)); }));
 }
 
-// kHeight rows of the left operand from k numbers of rows as they stand, `pitch` apart; those past `height` are zero.
+// kHeight rows of the left operand from k numbers of rows as they stand, `pitch` apart; those past `height` are zero. In pieces, to be packed
+// beside tiles: some rows of a strip.
+template <class E> constexpr int kPieceRows = Step<E>::parts == 3 ? 4 : kTiles<E> ? 16 : kHeight<E>;
+template <class E> INLINE int64_t left_pieces(int64_t k) { return (k + kStripLength<E> - 1) / kStripLength<E> * (kHeight<E> / kPieceRows<E>); }
+template <class E, class S> INLINE void pack_left_piece(E* left, const S* rows, int64_t pitch, int64_t k, int64_t height, int64_t piece) {
+  constexpr int64_t some = Lanes<Word<E>>::count * Step<E>::elements, groups = kHeight<E> / kPieceRows<E>;
+  const int first = int(piece % groups) * kPieceRows<E>;
+  const int64_t strip = piece / groups * kStripLength<E>;
+  for (int i = first; i < first + kPieceRows<E>; ++i)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kStripLength<E>; v += some)
+      if (v == 0 || strip + v < k) put_left(left, i, strip + v, i < height ? steps_at((E*)0, rows + i * pitch + strip + v, k - strip - v) : Steps<E>{});
+}
 template <class E, class S> INLINE void pack_left_rows(E* left, const S* rows, int64_t pitch, int64_t k, int64_t height) {
-  constexpr int64_t some = Lanes<Word<E>>::count * Step<E>::elements;
-  for (int i = 0; i < kHeight<E>; ++i)
-    for (int64_t d = 0; d < k; d += some) put_left(left, i, d, i < height ? steps_at((E*)0, rows + i * pitch + d, k - d) : Steps<E>{});
+  for (int64_t piece = 0; piece < left_pieces<E>(k); ++piece) pack_left_piece(left, rows, pitch, k, height, piece);
 }
 
 // Where the word of a step and a column lies in the panels of the right operand, in its first part; the next one is kNextPart on.
@@ -358,37 +402,60 @@ template <class E, class S> INLINE void pack_weight_rows(E* right, const S* weig
   pack_right(right, r, k, n, weight + r * n, r + 1 < k ? weight + (r + 1) * n : nullptr, false);
 }
 
-// The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose; row(i) is its row i.
-template <class E, class F> static void pack_transposed(E* right, F row, int64_t k, int64_t n, int64_t column) {
+// The panel of the right operand that starts at `column`, from a weight [n, k] that multiplies as its transpose; row(i) is its row i. In pieces,
+// to be packed beside tiles: squares of words change sides, from one piece to the next in `square`; of bf16x3 it is whole floats, before they
+// are split, which makes fewer squares.
+template <class E> constexpr int kSquarePieces = Step<E>::parts == 3 ? 3 : 2;
+template <class E> struct Square { Vector<Word<E>> row[Lanes<Word<E>>::count]; };
+template <class E> INLINE int64_t transposed_pieces(int64_t k) {
+  constexpr int64_t lanes = Lanes<Word<E>>::count, across = kColumns<Compute<E>> / lanes;
+  const int64_t numbers = padded_steps<E>(k) * (Step<E>::parts == 3 ? Step<E>::elements : 1);
+  return (numbers + lanes - 1) / lanes * across * kSquarePieces<E>;
+}
+template <class E, class F>
+INLINE void pack_transposed_piece(E* right, F row, int64_t k, int64_t n, int64_t column, int64_t piece, Square<E>* square) {
   constexpr int lanes = Lanes<Word<E>>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements, parts = Step<E>::parts;
-  const int64_t count = padded_steps<E>(k);
-  auto put = [&](int64_t step, int64_t c, Steps<E> steps) __attribute__((always_inline)) {
-    for (int part = 0; part < parts; ++part) __builtin_memcpy(right_place(right, count, step, column + c) + part * kNextPart<E>, &steps.part[part], kBytes);
-  };
-  for (int64_t c = 0; c < smaller(columns, n - column); c += lanes)
-    for (int64_t step = 0; step < count; step += lanes) {
-      auto from = [&](int i) __attribute__((always_inline)) { return column + c + i < n ? row(column + c + i) + step * per : nullptr; };
-      if constexpr (parts == 1) {
-        Vector<Word<E>> square[lanes];
+  const int64_t which = piece % kSquarePieces<E>, number = piece / kSquarePieces<E>, c = number % (columns / lanes) * lanes, at = number / (columns / lanes) * lanes;
+  const int64_t count = padded_steps<E>(k), rows = n - column - c;
+  if (rows <= 0) return;
+  Word<E>* const to = right_place(right, count, parts == 3 ? at / per : at, column + c);
+  Vector<Word<E>> turned[lanes];
+  if constexpr (parts == 1) {
+    if (which == 0) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = from(i) ? steps_at((E*)0, from(i), k - step * per).part[0] : Vector<Word<E>>{};
-        transpose_square<Word<E>>(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i)
-          if (step + i < count) put(step + i, c, {square[i]});
-      } else {                                                // whole numbers change sides before they are split: that makes fewer squares
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          Vector<float> square[lanes];
-          const int64_t there = k - step * per - half * lanes;
-#pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) square[i] = from(i) && there > 0 ? load(from(i) + half * lanes, there) : Vector<float>{};
-          transpose_square<float>(square);
-#pragma GCC unroll 8
-          for (int i = 0; i < lanes; i += 2) put(step + (half * lanes + i) / 2, c, split(square[i], square[i + 1]));
-        }
-      }
+      for (int i = 0; i < lanes; ++i)
+        square->row[i] = i < rows ? steps_at((E*)0, row(column + c + i) + at * per, k - at * per).part[0] : Vector<Word<E>>{};
+      return;
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) turned[i] = square->row[i];
+    transpose_square<Word<E>>(turned);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (at + i < count) __builtin_memcpy(to + i * columns, &turned[i], kBytes);
+  } else if (which == 0) {
+    if (rows >= lanes && k - at >= lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) turned[i] = (Vector<Word<E>>)load(row(column + c + i) + at);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) turned[i] = (Vector<Word<E>>)(i < rows && at < k ? load(row(column + c + i) + at, k - at) : Vector<float>{});
+    }
+    transpose_square<Word<E>>(turned);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square->row[i] = turned[i];
+  } else {
+    const int64_t first = (which - 1) * (lanes / 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < lanes / 2; i += per) {
+      const auto steps = row_step((E*)0, (const float*)&square->row[first + i], (const float*)&square->row[first + i + 1], lanes);
+      for (int part = 0; part < parts; ++part) __builtin_memcpy(to + part * kNextPart<E> + (first + i) / per * columns, &steps.part[part], kBytes);
+    }
+  }
+}
+template <class E, class F> static void pack_transposed(E* right, F row, int64_t k, int64_t n, int64_t column) {
+  Square<E> square;
+  for (int64_t piece = 0; piece < transposed_pieces<E>(k); ++piece) pack_transposed_piece(right, row, k, n, column, piece, &square);
 }
 
 // ---- gradients of weights and biases ------------------------------------------------------------------------------------------

@@ -7,104 +7,226 @@ INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
   return turns ? (count + threads * turns - 1) / (threads * turns) : 1;
 }
 
-// What a job multiplies. Vectors take a few panels of the weight by all of the left operand, which all threads share. Tiles are faster than
-// any cache but the first: a thread packs the left operand for itself, rows of the batch by elements of a row that stay in its second-level cache,
-// and takes panel after panel for it. The sums wait, and go out as rows of some length: short pieces, far apart, take memory as long
-// as the product takes.
+// Tiles are faster than any cache but the first, so what a thread multiplies lies in its own: some rows of the batch by some elements of a row,
+// the left operand, and panel after panel of the weight, each packed while the tiles multiply the one before. Panels deeper than kMostDepth
+// would touch more pages than the processor has addresses of at hand. The sums wait, and go out as rows of some length: short pieces, far
+// apart, take memory as long as the product takes. Vectors take a few panels at a time by all of a left operand that all threads share.
 template <class E> constexpr int64_t kRowsTogether = kTiles<E> ? 512 : 2048;
 template <class E> constexpr int kMostPanels = kTiles<E> ? 16 : 4;
-constexpr int kPackedPanels = 4;   // those packed side by side: a row's share is some cache lines
+constexpr int64_t kMostDepth = 256;
 template <class E> INLINE int64_t elements_together(int64_t rows, int64_t k) {
-  if (!kTiles<E> || rows == 0 || k == 0) return k > 0 ? k : 1;
-  const int64_t most = (int64_t(400) << 10) / (2 * Step<E>::parts * round_up(rows, kHeight<E>)), passes = (k + most - 1) / most;
+  if (rows == 0 || k == 0) return kStripLength<E>;
+  const int64_t most = smaller(kMostDepth, (int64_t(400) << 10) / (2 * Step<E>::parts * round_up(rows, kHeight<E>))), passes = (k + most - 1) / most;
   return round_up((k + passes - 1) / passes, kStripLength<E>);
 }
-template <class E> INLINE int64_t sums_size(int64_t strips, int64_t n) { return kTiles<E> ? strips * kHeight<E> * round_up(n, kColumns<float>) : 0; }
+INLINE int64_t sums_size(int64_t strips, int64_t n) { return strips * (kTile / kColumns<float>) * round_up(n, kColumns<float>); }
 
 // put(row, c, column) for each row of `strips` strips, with the sums of n columns, one panel after the other.
-template <class F> INLINE void put_rows(const float* sums, int64_t strips, int64_t rows, int64_t n, F put) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + column * strips * 32 + row * kColumns<float>, column);
+template <class F> INLINE void put_row(const float* sums, int64_t strips, int64_t row, int64_t n, F put) {
+  for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + sums_size(strips, column) + row * kColumns<float>, column);
 }
+template <class F> INLINE void put_rows(const float* sums, int64_t strips, int64_t rows, int64_t n, F put) {
+  for (int64_t row = 0; row < rows; ++row) put_row(sums, strips, row, n, put);
+}
+
+// `beside` for multiply_strips (gemm.inl): piece(0) to piece(pieces - 1), evenly in so many slots, which are calls.
+template <class F> struct Beside {
+  F piece;
+  int64_t pieces, slots, done = 0, credit = 0;
+
+  ALWAYS_INLINE void operator()() {
+    credit += pieces;
+    if (credit >= slots) next();
+  }
+  __attribute__((noinline)) void next() {
+    for (; credit >= slots; credit -= slots)
+      if (done < pieces) piece(done++);
+  }
+  void finish() {
+    while (done < pieces) piece(done++);
+  }
+  ALWAYS_INLINE void served(int64_t) {}
+};
+// The same, and renew(strip, 0) to renew(strip, renewals - 1) for each strip that has served, in the slots of the one after it.
+template <class F, class G> struct BesideRenewing : Beside<F> {
+  G renew;
+  int64_t renewals, strip_slots, free = 0, strip = 0, renewed = 0, renewing = 0;
+
+  BesideRenewing(F piece, int64_t pieces, int64_t slots, G renew_, int64_t renewals_, int64_t strip_slots_)
+      : Beside<F>{piece, pieces, slots}, renew(renew_), renewals(renewals_), strip_slots(strip_slots_) {}
+  ALWAYS_INLINE void operator()() {
+    Beside<F>::operator()();
+    if (strip < free) next_renewal();
+  }
+  __attribute__((noinline)) void next_renewal() {
+    for (renewing += renewals; renewing >= strip_slots; renewing -= strip_slots)
+      if (renewed < renewals) renew(strip, renewed++);
+    if (renewed == renewals) ++strip, renewed = 0;
+  }
+  void finish() {
+    Beside<F>::finish();
+    for (; strip < free; ++strip, renewed = 0)
+      while (renewed < renewals) renew(strip, renewed++);
+  }
+  ALWAYS_INLINE void served(int64_t which) {
+    if (renewals) free = which + 1;
+  }
+};
 
 //   x weight more (null: none) | out
 //
 // transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float; else out = x W + more for x [rows, outputs] and out and
 // more [rows, inputs], which may be one.
-template <class S, bool transposed> static int linear_product(const Linear* args) {
+template <class S, bool transposed> struct LinearProduct {
   using E = Packed<S>;
-  constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
-  const int64_t k = transposed ? args->inputs : args->outputs, n = transposed ? args->outputs : args->inputs;
-  const S* x = (const S*)args->tensors[0];
-  const float *weight = (const float*)args->tensors[1], *bias = transposed ? (const float*)args->tensors[2] : nullptr;
-  const S* added = transposed ? nullptr : (const S*)args->tensors[2];
-  S* out = (S*)args->tensors[3];
-  const int threads = useful_threads(args->threads, args->rows * k * n);
-  const int64_t most_rows = smaller(args->rows, kRowsTogether<E>), most_strips = (most_rows + kHeight<E> - 1) / kHeight<E>;
-  const int64_t depth = elements_together<E>(most_rows, k), each = left_size<E>(depth);
-  const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
-  Scratch<E> left(most_strips * each, kTiles<E> ? threads : 1), right(right_size<E>(depth, kPackedPanels * columns), threads);
-  Scratch<float> sums(sums_size<E>(most_strips, together * columns), threads);
-  if (!left.ok() || !right.ok() || !sums.ok()) return 1;
-#pragma omp parallel num_threads(threads)
-  for (int64_t row = 0; row < args->rows; row += kRowsTogether<E>) {
-    const int64_t rows = smaller(kRowsTogether<E>, args->rows - row), strips = (rows + kHeight<E> - 1) / kHeight<E>;
-    auto pack_strip = [&](E* to, int64_t strip, int64_t start) {
-      pack_left_rows(to + strip * each, x + (row + strip * kHeight<E>) * k + start, k, smaller(depth, k - start), smaller(kHeight<E>, rows - strip * kHeight<E>));
-    };
-    if (!kTiles<E>) {
-#pragma omp for schedule(static)
-      for (int64_t strip = 0; strip < strips; ++strip) pack_strip(left.data, strip, 0);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int thread = omp_get_thread_num();
-      E *own = right.of(thread), *own_left = left.of(kTiles<E> ? thread : 0);
-      const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n);
-      auto put = [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) {
-        const int64_t at = (row + r) * n + column;
-        for (int64_t v = 0; v < smaller(columns, end - column); v += lanes) {
-          const int64_t there = end - column - v;
-          auto value = load(c + v);
-          if (bias) value += load(bias + column + v, there);
-          if (added) value += load(added + at + v, there);
-          store(out + at + v, value, there);
-        }
-      };
-      for (int64_t start = 0; start == 0 || start < k; start += depth) {
-        const int64_t here = smaller(depth, k - start);
-        if (kTiles<E>)
-          for (int64_t strip = 0; strip < strips; ++strip) pack_strip(own_left, strip, start);
-        for (int64_t first = begin; first < end; first += kPackedPanels * columns) {
-          const int64_t width = smaller(kPackedPanels * columns, end - first);
-          if (transposed) {
-            for (int64_t column = 0; column < width; column += columns)
-              pack_transposed(own, [&](int64_t r) { return weight + (first + r) * k + start; }, here, width, column);
-          } else {
-            for (int64_t r = 0; r < here; r += per) {
-              const float* from = weight + (start + r) * n + first;
-              // Rows lie pages apart, and the processor does not see the next one coming.
-              for (int64_t ahead = 8; ahead < 8 + per && r + ahead < here; ++ahead)
-                for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(from + ahead * n + d);
-              pack_right(own, r, here, width, from, r + 1 < here ? from + n : nullptr, false);
-            }
-          }
-          if constexpr (kTiles<E>)
-            multiply_strips(own_left, each, strips, own, here, width, sums.of(thread) + sums_size<E>(strips, first - begin), start > 0);
-          else
-            for (int64_t strip = 0; strip < strips; ++strip)
-              multiply<Strips>(own_left + strip * each, own, here, width, [&](const float* c, int64_t column, int64_t) {
-                for (int64_t i = 0; i < smaller(kHeight<E>, rows - strip * kHeight<E>); ++i) put(strip * kHeight<E> + i, c + i * columns, first + column);
-              });
-        }
-      }
-      if (kTiles<E>) put_rows(sums.of(thread), strips, rows, end - begin, [&](int64_t r, const float* c, int64_t column) { put(r, c, begin + column); });
+  static constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
+  static constexpr int piece_rows = Step<E>::parts == 3 ? 4 : 16;   // of W, where it is packed as it stands, row by row
+  const int64_t rows, k, n;
+  const S* x;
+  const float *weight, *bias;
+  const S* added;
+  S* out;
+  const int threads;
+
+  explicit LinearProduct(const Linear* args)
+      : rows(args->rows), k(transposed ? args->inputs : args->outputs), n(transposed ? args->outputs : args->inputs), x((const S*)args->tensors[0]),
+        weight((const float*)args->tensors[1]), bias(transposed ? (const float*)args->tensors[2] : nullptr),
+        added(transposed ? nullptr : (const S*)args->tensors[2]), out((S*)args->tensors[3]),
+        threads(useful_threads(args->threads, args->rows * args->inputs * args->outputs)) {}
+
+  // Sums of a row from `column` on, those before `end`.
+  ALWAYS_INLINE void put(int64_t row, const float* c, int64_t column, int64_t end) const {
+    const int64_t at = row * n + column;
+    for (int64_t v = 0; v < smaller(columns, end - column); v += lanes) {
+      const int64_t there = end - column - v;
+      auto value = load(c + v);
+      if (bias) value += load(bias + column + v, there);
+      if (added) value += load(added + at + v, there);
+      store(out + at + v, value, there);
     }
   }
-  return 0;
-}
-template <class S> static int linear_forward(const Linear* args) { return linear_product<S, true>(args); }
-template <class S> static int linear_input(const Linear* args) { return linear_product<S, false>(args); }
+
+  // The panel of the weight from `first` on, with `depth` elements from `start` on, in pieces.
+  ALWAYS_INLINE static int64_t weight_pieces(int64_t depth) { return transposed ? transposed_pieces<E>(depth) : (depth + piece_rows - 1) / piece_rows; }
+  ALWAYS_INLINE void pack_weight(E* to, int64_t start, int64_t depth, int64_t first, int64_t end, int64_t piece, Square<E>* square) const {
+    const int64_t width = smaller(columns, end - first);
+    if (transposed) {
+      pack_transposed_piece(to, [&](int64_t r) __attribute__((always_inline)) { return weight + (first + r) * k + start; }, depth, width, 0, piece, square);
+      return;
+    }
+    for (int64_t r = piece * piece_rows; r < smaller(depth, (piece + 1) * piece_rows); r += per) {
+      const float* from = weight + (start + r) * n + first;
+      pack_right(to, r, depth, width, from, r + 1 < depth ? from + n : nullptr, false);
+    }
+  }
+  // Asks for what that piece reads: rows lie pages apart, and the processor does not see the next one coming.
+  ALWAYS_INLINE void fetch_weight(int64_t start, int64_t first, int64_t piece) const {
+    if (transposed) {
+      constexpr int64_t turned = lanes * (Step<E>::parts == 3 ? 1 : per), share = (lanes + kSquarePieces<E> - 1) / kSquarePieces<E>;
+      const int64_t square = piece / kSquarePieces<E>, from = piece % kSquarePieces<E> * share;
+      const float* at = weight + (first + square % 2 * lanes) * k + start + square / 2 * turned;
+      for (int64_t r = from; r < smaller(lanes, from + share); ++r)
+        for (int64_t d = 0; d < turned; d += 16) __builtin_prefetch(at + r * k + d, 0, 2);
+    } else {
+      const float* at = weight + (start + piece * piece_rows) * n + first;
+      for (int64_t r = 0; r < piece_rows; ++r)
+        for (int64_t d = 0; d < columns; d += 16) __builtin_prefetch(at + r * n + d, 0, 2);
+    }
+  }
+
+  int in_tiles() const {
+    const int64_t most_rows = smaller(rows, kRowsTogether<E>), most_strips = (most_rows + kHeight<E> - 1) / kHeight<E>;
+    const int64_t depth = elements_together<E>(most_rows, k), each = left_size<E>(depth), panel_size = right_size<E>(depth, columns);
+    const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
+    Scratch<E> left(most_strips * each, threads), right(2 * panel_size, threads);
+    Scratch<float> waiting(sums_size(most_strips, together * columns), threads);
+    if (!left.ok() || !right.ok() || !waiting.ok()) return 1;
+#pragma omp parallel num_threads(threads)
+    for (int64_t row = 0; row < rows; row += kRowsTogether<E>) {
+      const int64_t there = smaller(kRowsTogether<E>, rows - row), strips = (there + kHeight<E> - 1) / kHeight<E>;
+#pragma omp for schedule(dynamic)
+      for (int64_t group = 0; group < groups; ++group) {
+        const int thread = omp_get_thread_num();
+        E *const rows_packed = left.of(thread), *const panel = right.of(thread);
+        float* const sums = waiting.of(thread);
+        const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n);
+        Square<E> square;
+        auto deep = [&](int64_t start) __attribute__((always_inline)) { return smaller(depth, k - start); };
+        auto pack_rows = [&](int64_t start, int64_t strip, int64_t piece) __attribute__((always_inline)) {
+          const int64_t first = strip * kHeight<E>;
+          pack_left_piece(rows_packed + strip * each, x + (row + first) * k + start, k, deep(start), smaller(kHeight<E>, there - first), piece);
+        };
+        struct Place { int64_t start, first; };             // of a panel
+        auto after = [&](Place p) __attribute__((always_inline)) { return p.first + columns < end ? Place{p.start, p.first + columns} : Place{p.start + depth, begin}; };
+
+        for (int64_t strip = 0; strip < strips; ++strip)
+          for (int64_t piece = 0; piece < left_pieces<E>(deep(0)); ++piece) pack_rows(0, strip, piece);
+        for (int64_t piece = 0; piece < weight_pieces(deep(0)); ++piece) pack_weight(panel, 0, deep(0), begin, end, piece, &square);
+        int64_t turn = 0;
+        for (Place now = {0, begin}; now.start == 0 || now.start < k; now = after(now), ++turn) {
+          const Place next = after(now), next_but_one = after(next);
+          E *const own = panel + turn % 2 * panel_size, *const other = panel + (turn + 1) % 2 * panel_size;
+          auto ahead = [&](int64_t piece) __attribute__((always_inline)) {
+            pack_weight(other, next.start, deep(next.start), next.first, end, piece, &square);
+            if (next_but_one.start < k) fetch_weight(next_but_one.start, next_but_one.first, piece);
+          };
+          auto renew = [&](int64_t strip, int64_t piece) __attribute__((always_inline)) { pack_rows(next.start, strip, piece); };
+          const int64_t strip_slots = padded_steps<E>(deep(now.start)) / kStepBlock<E> * kFours<E, E>;
+          BesideRenewing<decltype(ahead), decltype(renew)> beside(
+              ahead, next.start < k ? weight_pieces(deep(next.start)) : 0, strips * strip_slots,
+              renew, next.start > now.start && next.start < k ? left_pieces<E>(deep(next.start)) : 0, smaller(strip_slots, kPart<E> / kStepBlock<E> * kFours<E, E>));
+          multiply_strips(rows_packed, each, strips, own, deep(now.start), smaller(columns, end - now.first), sums + sums_size(strips, now.first - begin),
+                          now.start > 0, beside);
+          beside.finish();
+        }
+        put_rows(sums, strips, there, end - begin, [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(row + r, c, begin + column, end); });
+      }
+    }
+    return 0;
+  }
+
+  int in_vectors() const {
+    const int64_t most_strips = (smaller(rows, kRowsTogether<E>) + kHeight<E> - 1) / kHeight<E>, each = left_size<E>(k);
+    const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
+    Scratch<E> left(most_strips * each), right(right_size<E>(k, together * columns), threads);
+    if (!left.ok() || !right.ok()) return 1;
+#pragma omp parallel num_threads(threads)
+    for (int64_t row = 0; row < rows; row += kRowsTogether<E>) {
+      const int64_t there = smaller(kRowsTogether<E>, rows - row), strips = (there + kHeight<E> - 1) / kHeight<E>;
+#pragma omp for schedule(static)
+      for (int64_t strip = 0; strip < strips; ++strip)
+        pack_left_rows(left.data + strip * each, x + (row + strip * kHeight<E>) * k, k, k, smaller(kHeight<E>, there - strip * kHeight<E>));
+#pragma omp for schedule(dynamic)
+      for (int64_t group = 0; group < groups; ++group) {
+        E* const own = right.of(omp_get_thread_num());
+        const int64_t begin = group * together * columns, end = smaller(begin + together * columns, n), width = end - begin;
+        if (transposed) {
+          for (int64_t column = 0; column < width; column += columns)
+            pack_transposed(own, [&](int64_t r) { return weight + (begin + r) * k; }, k, width, column);
+        } else {
+          for (int64_t r = 0; r < k; r += per) {
+            const float* from = weight + r * n + begin;
+            for (int64_t ahead = 8; ahead < 8 + per && r + ahead < k; ++ahead)       // rows lie pages apart
+              for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(from + ahead * n + d);
+            pack_right(own, r, k, width, from, r + 1 < k ? from + n : nullptr, false);
+          }
+        }
+        for (int64_t strip = 0; strip < strips; ++strip)
+          multiply<Strips>(left.data + strip * each, own, k, width, [&](const float* c, int64_t column, int64_t) {
+            for (int64_t i = 0; i < smaller(kHeight<E>, there - strip * kHeight<E>); ++i) put(row + strip * kHeight<E> + i, c + i * columns, begin + column, end);
+          });
+      }
+    }
+    return 0;
+  }
+
+  int operator()() const {
+    if constexpr (kTiles<E>) return in_tiles();
+    else return in_vectors();
+  }
+};
+template <class S> static int linear_forward(const Linear* args) { return LinearProduct<S, true>(args)(); }
+template <class S> static int linear_input(const Linear* args) { return LinearProduct<S, false>(args)(); }
 
 constexpr int64_t kColumnsTogether = 256;   // of the tiles' results, which go out as rows
 constexpr int64_t kDepth = 640;    // rows of the batch per pass, about: a strip and a panel of so many stay near the first-level cache
@@ -127,7 +249,7 @@ template <class S> static int linear_backward(const Linear* args) {
   const int64_t groups = (strips + together - 1) / together;
   const int64_t each = left_size<E>(depth);           // whole vectors are stored, so the last step of a strip writes past its end
   Scratch<E> right(right_size<E>(depth, n)), left(together * each, threads);
-  Scratch<float> sums(sums_size<E>(together, kColumnsTogether), threads);
+  Scratch<float> sums(kTiles<E> ? 2 * sums_size(together, kColumnsTogether) : 0, threads);
   if (!right.ok() || !left.ok() || !sums.ok()) return 1;
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start == 0 || start < rows; start += depth) {
@@ -159,11 +281,29 @@ template <class S> static int linear_backward(const Linear* args) {
           store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
       };
       if constexpr (kTiles<E>) {
-        float* sum = sums.of(omp_get_thread_num());
-        for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
-          const int64_t width = smaller(kColumnsTogether, n - begin);
-          multiply_strips(own, each, used, right.data + begin * padded_steps<E>(k) * per, k, width, sum, false);
-          put_rows(sum, used, smaller(used * kHeight<E>, m - first), width, [&](int64_t r, const float* c, int64_t column) { put(r, c, begin + column); });
+        const int64_t height = smaller(used * kHeight<E>, m - first), panel_size = right_size<E>(k, columns);
+        float *sum = sums.of(omp_get_thread_num()), *waiting = sum + sums_size(together, kColumnsTogether);
+        for (int64_t begin = 0, width; begin < n; begin += width) {
+          width = smaller(kColumnsTogether, n - begin);
+          auto put_from = [&](const float* from, int64_t row, int64_t at) __attribute__((always_inline)) {
+            put_row(from, used, row, smaller(kColumnsTogether, n - at), [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, at + column); });
+          };
+          // Beside the product: the sums of the columns before go out, and the right operand, which the first strip finds in another core's
+          // cache or further away, is asked for a part ahead.
+          const char* next = (const char*)(right.data + begin * padded_steps<E>(k) * per + kPart<E> * columns * per);
+          constexpr int64_t lines = 4;
+          const int64_t panels = (width + columns - 1) / columns, pieces = panels * panel_size * int64_t(sizeof(E)) / (64 * lines), rows_out = begin > 0 ? height : 0;
+          auto piece = [&](int64_t number) __attribute__((always_inline)) {
+            for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(next + line * 64, 0, 2);
+            for (int64_t row = rows_out * number / pieces; row < rows_out * (number + 1) / pieces; ++row) put_from(waiting, row, begin - kColumnsTogether);
+          };
+          Beside<decltype(piece)> beside{piece, pieces, padded_steps<E>(k) / kStepBlock<E> * kFours<E, E> * used * panels};
+          multiply_strips(own, each, used, right.data + begin * padded_steps<E>(k) * per, k, width, sum, false, beside);
+          beside.finish();
+          if (begin + width == n)
+            for (int64_t row = 0; row < height; ++row) put_from(sum, row, begin);
+          float* const filled = sum;
+          sum = waiting, waiting = filled;
         }
       } else {
         for (int64_t s = 0; s < used; ++s)

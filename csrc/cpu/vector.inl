@@ -3,7 +3,8 @@
 //
 // Storage types are float, double, bf16 and half; arithmetic is in double for double and in float for the rest.
 
-#define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINE static ALWAYS_INLINE
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define ADA2I_MASKS 1
