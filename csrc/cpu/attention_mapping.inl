@@ -6,8 +6,8 @@ INLINE Compute<S> mapping_tile(const Packed<S>* left, const Packed<S>* phi, cons
   using T = Compute<S>;
   constexpr int lanes = Lanes<T>::count;
   Vector<T> total = {};
-  multiply<Strips>(left, phi, D, D, [&](const T* c, int64_t column, int64_t columns) {
-    for (int i = 0; i < height; ++i)
+  multiply<Strips>(left, phi, D, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+    for (int64_t i = from; i < smaller(to, height); ++i)
       for (int64_t v = 0; v < columns; v += lanes) {
         const int64_t n = smaller(lanes, columns - v), d = column + v;
         auto difference = load(c + i * kColumns<T> + v, n) + load(bias + d, n) - target(i, d, n);
@@ -89,9 +89,10 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   const int64_t size = left_size<E>(widest);
   Scratch<E> right(packed), chunk(chunks), left(size > kStrips<E> ? size : kStrips<E>, threads);
   Scratch<T> total(rows > kChunk ? totals : 0);
+  Scratch<float> waiting(kRowSums<E>, threads);
   Scratch<E*> phi(M);
   Scratch<WeightGradient<S>> gradients(M);
-  if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !phi.ok() || !gradients.ok()) return 1;
+  if (!right.ok() || !chunk.ok() || !left.ok() || !total.ok() || !waiting.ok() || !phi.ok() || !gradients.ok()) return 1;
   const T gradient = *(const T*)args->loss;
   int64_t at = 0, chunk_at = 0, total_at = 0;
   for (int64_t j = 0; j < M; ++j) {
@@ -107,6 +108,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
 #pragma omp parallel num_threads(threads)
   {
     E* tile_left = left.of(omp_get_thread_num());
+    float* tile_sums = waiting.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * blocks; ++job) {
@@ -128,14 +130,14 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
           store(grad_target + i * D + d, -factor * s, n);
           return s;
         });
-      multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns) {
-        for (int i = 0; i < height; ++i)
+      multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+        for (int64_t i = from; i < smaller(to, height); ++i)
           for (int64_t v = 0; v < columns; v += lanes)
             store(grad_x + i * D + column + v, factor * load(c + i * kColumns<T> + v), columns - v);
       });
     }
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk)
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums, (T*)nullptr, 0, [](int, int64_t, T*) {});
   }
   return 0;
 }

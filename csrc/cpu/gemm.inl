@@ -112,6 +112,24 @@ struct Nothing {
   ALWAYS_INLINE void operator()() {}
   ALWAYS_INLINE void served(int64_t) {}
 };
+// Such an object: piece(0) to piece(pieces - 1), evenly in so many slots, which are calls.
+template <class F> struct Beside {
+  F piece;
+  int64_t pieces, slots, done = 0, credit = 0;
+
+  ALWAYS_INLINE void operator()() {
+    credit += pieces;
+    if (credit >= slots) next();
+  }
+  __attribute__((noinline)) void next() {
+    for (; credit >= slots; credit -= slots)
+      if (done < pieces) piece(done++);
+  }
+  void finish() {
+    while (done < pieces) piece(done++);
+  }
+  ALWAYS_INLINE void served(int64_t) {}
+};
 template <class L, class E> constexpr int kFours = Step<L>::parts == 3 ? 6 : Step<E>::parts;   // in kStepBlock steps
 constexpr int64_t kTile = 32 * 32;
 template <class E> constexpr int64_t kPart = Step<E>::parts == 3 ? 64 : 128;               // steps whose panel stays in the first-level cache
@@ -210,7 +228,8 @@ template <> struct Engine<bf16x3> : Tiles {};
 // errors grow with the length of a sum.
 constexpr int64_t kMostSteps = 512;
 
-template <class Layout, class L, class E> INLINE void micro_kernel(const L* left, const E* panel, int64_t count, int64_t columns, Compute<E>* c) {
+template <class Layout, class L, class E, class F>
+INLINE void micro_kernel(const L* left, const E* panel, int64_t count, int64_t columns, Compute<E>* c, F& beside) {
   using T = Compute<E>;
   constexpr int size = kHeight<E> * kColumns<T>, per = Step<E>::elements;
   alignas(64) T part[size];
@@ -221,10 +240,8 @@ template <class Layout, class L, class E> INLINE void micro_kernel(const L* left
     const E* times = panel + start * kColumns<T> * per;
     const bool wide = columns > Lanes<T>::count;
 #if defined(__AMX_BF16__)
-    if constexpr (kTiles<E>) {
-      Nothing nothing;
-      wide ? tile_kernel<L, E, 2, false>(from, times, here, to, to, nothing) : tile_kernel<L, E, 1, false>(from, times, here, to, to, nothing);
-    } else
+    if constexpr (kTiles<E>) wide ? tile_kernel<L, E, 2, false>(from, times, here, to, to, beside) : tile_kernel<L, E, 1, false>(from, times, here, to, to, beside);
+    else
 #endif
     if (wide) vector_kernel<Layout, 2>((const Word<E>*)from, (const Word<E>*)times, here, to);
     else vector_kernel<Layout, 1>((const Word<E>*)from, (const Word<E>*)times, here, to);
@@ -233,16 +250,35 @@ template <class Layout, class L, class E> INLINE void micro_kernel(const L* left
   }
 }
 
-// All columns of kHeight rows; consume(c, column, columns) takes each tile while it is in the first-level cache.
+// All columns of kHeight rows; consume(c, column, columns, first, last) takes the rows from `first` on of a tile while it is in the first-level
+// cache: all at once, or beside the tiles of the next panel, row by row.
 template <class Layout, class L, class E, class F>
 INLINE void multiply(const L* left, const E* right, int64_t k, int64_t n, F consume) {
   using T = Compute<E>;
-  alignas(64) T c[kHeight<E> * kColumns<T>];
+  constexpr int64_t size = kHeight<E> * kColumns<T>, columns = kColumns<T>;
+  constexpr bool beside_tiles = kTiles<E> && kFours<L, E> > 1;   // bf16 leaves tiles too little time
+  alignas(64) T c[beside_tiles ? 2 * size : size];
   const int64_t count = padded_steps<E>(k);
   const Engine<E> engine;
-  for (int64_t column = 0; column < n; column += kColumns<T>) {
-    micro_kernel<Layout>(left, right + column * count * Step<E>::elements, count, n - column, c);
-    consume(c, column, smaller(n - column, kColumns<T>));
+  auto panel_at = [&](int64_t column) { return right + column * count * Step<E>::elements; };
+  if constexpr (beside_tiles) {
+    T *now = c, *before = c + size;
+    for (int64_t column = 0; column < n; column += columns) {
+      auto row = [&](int64_t i) __attribute__((always_inline)) { consume((const T*)before, column - columns, columns, i, i + 1); };
+      Beside<decltype(row)> beside{row, column > 0 ? kHeight<E> : 0, count / kStepBlock<E> * kFours<L, E>};
+      micro_kernel<Layout>(left, panel_at(column), count, n - column, now, beside);
+      beside.finish();
+      T* const filled = now;
+      now = before, before = filled;
+    }
+    const int64_t last = (n - 1) / columns * columns;
+    if (n > 0) consume((const T*)before, last, n - last, 0, kHeight<E>);
+  } else {
+    Nothing nothing;
+    for (int64_t column = 0; column < n; column += columns) {
+      micro_kernel<Layout>(left, panel_at(column), count, n - column, c, nothing);
+      consume((const T*)c, column, smaller(n - column, columns), 0, kHeight<E>);
+    }
   }
 }
 
@@ -267,6 +303,54 @@ INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E
         if (start + kPart<E> >= count) beside.served(strip);
       }
 #endif
+}
+
+// What waits of `strips` strips by n columns: sums as multiply_strips gives them. put(row, c, column) gets those of a row, panel by panel.
+INLINE int64_t sums_size(int64_t strips, int64_t n) { return strips * (kTile / kColumns<float>) * round_up(n, kColumns<float>); }
+template <class F> INLINE void put_row(const float* sums, int64_t strips, int64_t row, int64_t n, F put) {
+  for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + sums_size(strips, column) + row * kColumns<float>, column);
+}
+
+// Strips of kHeight columns that one job packs side by side, at most: a row's share is a few cache lines.
+template <class E> constexpr int kMostStrips = kTiles<E> ? 8 : 48 / kHeight<E>;
+// The rows of a product of `strips` left operands go out some columns at a time: short pieces, far apart, take memory as long as the product
+// takes.
+constexpr int64_t kColumnsTogether = 256;
+template <class E> constexpr int64_t kRowSums = kTiles<E> ? 2 * kMostStrips<E> * (kTile / kColumns<float>) * kColumnsTogether : 0;
+
+// For tiles: put(row, c, column) for `height` rows. sums: kRowSums of E. Beside the product the sums of the columns before go out, and the
+// right operand, which the first strip finds in another core's cache or further away, is asked for a part ahead.
+template <class L, class E, class F>
+INLINE void multiply_rows(const L* left, int64_t each, int64_t strips, int64_t height, const E* right, int64_t k, int64_t n, float* sums, F put) {
+  constexpr int64_t columns = kColumns<float>, lines = 4;
+  const int64_t panel_size = right_size<E>(k, columns);
+  float *filling = sums, *waiting = sums + kRowSums<E> / 2;
+  auto put_from = [&](const float* from, int64_t row, int64_t begin) __attribute__((always_inline)) {
+    put_row(from, strips, row, smaller(kColumnsTogether, n - begin), [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
+  };
+  for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
+    const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns, rows = begin > 0 ? height : 0;
+    const E* const from = right + begin / columns * panel_size;
+    const char* const coming = (const char*)(from + kPart<E> * columns * Step<E>::elements);
+    const int64_t pieces = panels * panel_size * int64_t(sizeof(E)) / (64 * lines);
+    auto piece = [&](int64_t number) __attribute__((always_inline)) {
+      for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(coming + line * 64, 0, 2);
+      for (int64_t row = rows * number / pieces; row < rows * (number + 1) / pieces; ++row) put_from(waiting, row, begin - kColumnsTogether);
+    };
+    Beside<decltype(piece)> beside{piece, pieces, padded_steps<E>(k) / kStepBlock<E> * kFours<L, E> * strips * panels};
+    multiply_strips(left, each, strips, from, k, width, filling, false, beside);
+    beside.finish();
+    float* const filled = filling;
+    filling = waiting, waiting = filled;
+  }
+  const int64_t last = (n - 1) / kColumnsTogether * kColumnsTogether;
+  for (int64_t row = 0; row < height; ++row) put_from(waiting, row, last);
+}
+
+// The size of groups of `count` pieces: as many groups for each thread, none larger than `most`.
+INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
+  const int64_t turns = (count + threads * most - 1) / (threads * most);
+  return turns ? (count + threads * turns - 1) / (threads * turns) : 1;
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------------------
@@ -463,9 +547,6 @@ template <class E, class F> static void pack_transposed(E* right, F row, int64_t
 constexpr int64_t kChunk = 512;   // rows of the batch per pass
 constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every step
 
-// Strips of kHeight columns that one job packs side by side: a row's share is a cache line or a few.
-template <class E> constexpr int kGroup = kTiles<E> ? 2 : 48 / kHeight<E>;
-
 // One gradient: weight [m, n] = scale left^T right and bias [m] = scale left^T 1, left being [rows, m]. The bias is one more column
 // of the right operand, all ones.
 template <class S, class P = S> struct WeightGradient {
@@ -482,7 +563,7 @@ template <class S, class P = S> struct WeightGradient {
 
 // Scratch per thread of weight_gradients. Whole vectors are stored, so the last step of a strip writes past its end.
 template <class E> constexpr int64_t kStrip = left_size<E>(kChunk);
-template <class E> constexpr int64_t kStrips = kGroup<E> * kStrip<E>;
+template <class E> constexpr int64_t kStrips = kMostStrips<E> * kStrip<E>;
 
 // `count` steps of `strips` left operands, kHeight columns each, from the transpose of k rows of m numbers, of which `there` are left from
 // `left` on; strip s begins at to + s * each. see(s, i, step) gets the step of columns i to i + lanes of strip s
@@ -542,16 +623,18 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
 
 // One pass: adds kChunk rows from `start` on, or those that are left. Called by all threads of a parallel region, pass after pass, and once
 // where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
-// make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; row_scratch: two rows of n numbers,
-// and a vector.
+// make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; sums: kRowSums of E; row_scratch: two
+// rows of n numbers, and a vector.
 template <class S, class P, class F>
-static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips,
+static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips, float* sums,
                              Compute<S>* row_scratch, int64_t row_size, F make_row) {
   using E = Packed<S>;
   using T = Compute<S>;
-  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count, group = kGroup<E> * kHeight<E>;
+  constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
+  auto together = [&](int64_t m) { return group_size((m + kHeight<E> - 1) / kHeight<E>, omp_get_num_threads(), kMostStrips<E>) * kHeight<E>; };
+  auto groups_of = [&](int64_t m) { return m > 0 ? (m + together(m) - 1) / together(m) : 0; };
   int64_t groups = 0;
-  for (int p = 0; p < count; ++p) groups += (gradients[p].m + group - 1) / group;
+  for (int p = 0; p < count; ++p) groups += groups_of(gradients[p].m);
 
   const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
@@ -575,35 +658,39 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   for (int64_t job = 0; job < groups; ++job) {
     int p = 0;
     int64_t place = job;
-    for (int64_t own; place >= (own = (gradients[p].m + group - 1) / group); ++p) place -= own;
+    for (int64_t own; place >= (own = groups_of(gradients[p].m)); ++p) place -= own;
     const WeightGradient<S, P> g = gradients[p];
-    const int64_t first = place * group, stride = round_up(g.n + 1, kColumns<T>);
-    const int used = int((smaller(group, g.m - first) + kHeight<E> - 1) / kHeight<E>);
+    const int64_t first = place * together(g.m), stride = round_up(g.n + 1, kColumns<T>), height = smaller(together(g.m), g.m - first);
+    const int64_t used = (height + kHeight<E> - 1) / kHeight<E>;
+    const bool last = start + k == rows;
+    auto put = [&](int64_t row, const T* c, int64_t column) __attribute__((always_inline)) {
+      for (int64_t v = 0; v < smaller(kColumns<T>, g.n + 1 - column); v += lanes) {
+        T* total = g.total + (first + row) * stride + column + v;
+        auto value = load(c + v);
+        if (start > 0) value += load(total);
+        if (!last) {
+          store(total, value);
+          continue;
+        }
+        value *= g.scale;
+        const int64_t left_of_bias = g.n - column - v;
+        store(g.weight + (first + row) * g.n + column + v, value, smaller(left_of_bias, lanes));
+        if (left_of_bias < lanes) {
+          T part[lanes];
+          store(part, value);
+          store(g.bias + first + row, broadcast<T>(part[left_of_bias]), 1);
+        }
+      }
+    };
     auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
       pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
-      for (int s = 0; s < used; ++s) {
-        const int64_t d = first + s * kHeight<E>, height = smaller(kHeight<E>, g.m - d);
-        multiply<Columns>(packed + s * kStrip<E>, g.right, k, g.n + 1, [&](T* c, int64_t column, int64_t columns) {
-          const bool last = start + k == rows;
-          for (int i = 0; i < height; ++i)
-            for (int64_t v = 0; v < columns; v += lanes) {
-              T* total = g.total + (d + i) * stride + column + v;
-              auto value = load(c + i * kColumns<T> + v);
-              if (start > 0) value += load(total);
-              if (!last) {
-                store(total, value);
-                continue;
-              }
-              value *= g.scale;
-              const int64_t left_of_bias = g.n - column - v;
-              store(g.weight + (d + i) * g.n + column + v, value, smaller(left_of_bias, lanes));
-              if (left_of_bias < lanes) {
-                T part[lanes];
-                store(part, value);
-                store(g.bias + d + i, broadcast<T>(part[left_of_bias]), 1);
-              }
-            }
-        });
+      if constexpr (kTiles<E>) {
+        multiply_rows(packed, kStrip<E>, used, height, g.right, k, g.n + 1, sums, put);
+      } else {
+        for (int64_t s = 0; s < used; ++s)
+          multiply<Columns>(packed + s * kStrip<E>, g.right, k, g.n + 1, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
+            for (int64_t i = from; i < smaller(to, height - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * kColumns<T>, column);
+          });
       }
     };
     if (g.left) run(strips, g.left);

@@ -1,12 +1,6 @@
 // A linear map of rows by a weight in float, which becomes an operand of the rows' type where it is packed, and its gradients, those of the
 // parameters in float; ada2i_fast/ops/linear.py says when.
 
-// The size of groups of `count` pieces: as many groups for each thread, none larger than `most`.
-INLINE int64_t group_size(int64_t count, int64_t threads, int64_t most) {
-  const int64_t turns = (count + threads * most - 1) / (threads * most);
-  return turns ? (count + threads * turns - 1) / (threads * turns) : 1;
-}
-
 // Tiles are faster than any cache but the first, so what a thread multiplies lies in its own: some rows of the batch by some elements of a row,
 // the left operand, and panel after panel of the weight, each packed while the tiles multiply the one before. Panels deeper than kMostDepth
 // would touch more pages than the processor has addresses of at hand. The sums wait, and go out as rows of some length: short pieces, far
@@ -19,35 +13,8 @@ template <class E> INLINE int64_t elements_together(int64_t rows, int64_t k) {
   const int64_t most = smaller(kMostDepth, (int64_t(400) << 10) / (2 * Step<E>::parts * round_up(rows, kHeight<E>))), passes = (k + most - 1) / most;
   return round_up((k + passes - 1) / passes, kStripLength<E>);
 }
-INLINE int64_t sums_size(int64_t strips, int64_t n) { return strips * (kTile / kColumns<float>) * round_up(n, kColumns<float>); }
 
-// put(row, c, column) for each row of `strips` strips, with the sums of n columns, one panel after the other.
-template <class F> INLINE void put_row(const float* sums, int64_t strips, int64_t row, int64_t n, F put) {
-  for (int64_t column = 0; column < n; column += kColumns<float>) put(row, sums + sums_size(strips, column) + row * kColumns<float>, column);
-}
-template <class F> INLINE void put_rows(const float* sums, int64_t strips, int64_t rows, int64_t n, F put) {
-  for (int64_t row = 0; row < rows; ++row) put_row(sums, strips, row, n, put);
-}
-
-// `beside` for multiply_strips (gemm.inl): piece(0) to piece(pieces - 1), evenly in so many slots, which are calls.
-template <class F> struct Beside {
-  F piece;
-  int64_t pieces, slots, done = 0, credit = 0;
-
-  ALWAYS_INLINE void operator()() {
-    credit += pieces;
-    if (credit >= slots) next();
-  }
-  __attribute__((noinline)) void next() {
-    for (; credit >= slots; credit -= slots)
-      if (done < pieces) piece(done++);
-  }
-  void finish() {
-    while (done < pieces) piece(done++);
-  }
-  ALWAYS_INLINE void served(int64_t) {}
-};
-// The same, and renew(strip, 0) to renew(strip, renewals - 1) for each strip that has served, in the slots of the one after it.
+// Beside<F>, and renew(strip, 0) to renew(strip, renewals - 1) for each strip that has served, in the slots of the one after it.
 template <class F, class G> struct BesideRenewing : Beside<F> {
   G renew;
   int64_t renewals, strip_slots, free = 0, strip = 0, renewed = 0, renewing = 0;
@@ -179,7 +146,8 @@ template <class S, bool transposed> struct LinearProduct {
                           now.start > 0, beside);
           beside.finish();
         }
-        put_rows(sums, strips, there, end - begin, [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(row + r, c, begin + column, end); });
+        for (int64_t r = 0; r < there; ++r)
+          put_row(sums, strips, r, end - begin, [&](int64_t, const float* c, int64_t column) __attribute__((always_inline)) { put(row + r, c, begin + column, end); });
       }
     }
     return 0;
@@ -212,8 +180,8 @@ template <class S, bool transposed> struct LinearProduct {
           }
         }
         for (int64_t strip = 0; strip < strips; ++strip)
-          multiply<Strips>(left.data + strip * each, own, k, width, [&](const float* c, int64_t column, int64_t) {
-            for (int64_t i = 0; i < smaller(kHeight<E>, there - strip * kHeight<E>); ++i) put(row + strip * kHeight<E> + i, c + i * columns, begin + column, end);
+          multiply<Strips>(left.data + strip * each, own, k, width, [&](const float* c, int64_t column, int64_t, int64_t from, int64_t to) {
+            for (int64_t i = from; i < smaller(to, there - strip * kHeight<E>); ++i) put(row + strip * kHeight<E> + i, c + i * columns, begin + column, end);
           });
       }
     }
@@ -228,10 +196,7 @@ template <class S, bool transposed> struct LinearProduct {
 template <class S> static int linear_forward(const Linear* args) { return LinearProduct<S, true>(args)(); }
 template <class S> static int linear_input(const Linear* args) { return LinearProduct<S, false>(args)(); }
 
-constexpr int64_t kColumnsTogether = 256;   // of the tiles' results, which go out as rows
 constexpr int64_t kDepth = 640;    // rows of the batch per pass, about: a strip and a panel of so many stay near the first-level cache
-// Strips of kHeight outputs that one job packs side by side: a row's share is a few cache lines.
-constexpr int kMostStrips = 8;
 
 //   grad_out x | grad_weight grad_bias (null: none)
 //
@@ -245,11 +210,11 @@ template <class S> static int linear_backward(const Linear* args) {
   if (m == 0) return 0;
   const int threads = useful_threads(args->threads, rows * m * n);
   const int64_t passes = rows > kDepth ? (rows + kDepth - 1) / kDepth : 1, depth = round_up(rows / passes + 1, kBlock);
-  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips);
+  const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips<E>);
   const int64_t groups = (strips + together - 1) / together;
   const int64_t each = left_size<E>(depth);           // whole vectors are stored, so the last step of a strip writes past its end
   Scratch<E> right(right_size<E>(depth, n)), left(together * each, threads);
-  Scratch<float> sums(kTiles<E> ? 2 * sums_size(together, kColumnsTogether) : 0, threads);
+  Scratch<float> sums(kRowSums<E>, threads);
   if (!right.ok() || !left.ok() || !sums.ok()) return 1;
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start == 0 || start < rows; start += depth) {
@@ -264,7 +229,7 @@ template <class S> static int linear_backward(const Linear* args) {
     for (int64_t group = 0; group < groups; ++group) {
       E* own = left.of(omp_get_thread_num());
       const int64_t first = group * together * kHeight<E>, used = smaller(together, strips - group * together);
-      Vector<float> bias[kMostStrips][(kHeight<E> + lanes - 1) / lanes] = {};
+      Vector<float> bias[kMostStrips<E>][(kHeight<E> + lanes - 1) / lanes] = {};
       pack_left_columns(own, each, grad_out + start * m + first, m, m - first, k, used, [&](int64_t s, int i, auto step) __attribute__((always_inline)) {
         bias[s][i / lanes] = add_steps(bias[s][i / lanes], step);
       });
@@ -281,34 +246,11 @@ template <class S> static int linear_backward(const Linear* args) {
           store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
       };
       if constexpr (kTiles<E>) {
-        const int64_t height = smaller(used * kHeight<E>, m - first), panel_size = right_size<E>(k, columns);
-        float *sum = sums.of(omp_get_thread_num()), *waiting = sum + sums_size(together, kColumnsTogether);
-        for (int64_t begin = 0, width; begin < n; begin += width) {
-          width = smaller(kColumnsTogether, n - begin);
-          auto put_from = [&](const float* from, int64_t row, int64_t at) __attribute__((always_inline)) {
-            put_row(from, used, row, smaller(kColumnsTogether, n - at), [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, at + column); });
-          };
-          // Beside the product: the sums of the columns before go out, and the right operand, which the first strip finds in another core's
-          // cache or further away, is asked for a part ahead.
-          const char* next = (const char*)(right.data + begin * padded_steps<E>(k) * per + kPart<E> * columns * per);
-          constexpr int64_t lines = 4;
-          const int64_t panels = (width + columns - 1) / columns, pieces = panels * panel_size * int64_t(sizeof(E)) / (64 * lines), rows_out = begin > 0 ? height : 0;
-          auto piece = [&](int64_t number) __attribute__((always_inline)) {
-            for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(next + line * 64, 0, 2);
-            for (int64_t row = rows_out * number / pieces; row < rows_out * (number + 1) / pieces; ++row) put_from(waiting, row, begin - kColumnsTogether);
-          };
-          Beside<decltype(piece)> beside{piece, pieces, padded_steps<E>(k) / kStepBlock<E> * kFours<E, E> * used * panels};
-          multiply_strips(own, each, used, right.data + begin * padded_steps<E>(k) * per, k, width, sum, false, beside);
-          beside.finish();
-          if (begin + width == n)
-            for (int64_t row = 0; row < height; ++row) put_from(sum, row, begin);
-          float* const filled = sum;
-          sum = waiting, waiting = filled;
-        }
+        multiply_rows(own, each, used, smaller(used * kHeight<E>, m - first), right.data, k, n, sums.of(omp_get_thread_num()), put);
       } else {
         for (int64_t s = 0; s < used; ++s)
-          multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t) {
-            for (int64_t i = 0; i < smaller(kHeight<E>, m - first - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * columns, column);
+          multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t, int64_t from, int64_t to) {
+            for (int64_t i = from; i < smaller(to, m - first - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * columns, column);
           });
       }
     }

@@ -207,8 +207,8 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       const T* bias = bias_of.data + j * stacked;
       T* out = saved.data[j] + first * 4 * R;
       pack_left_rows(tile_left, x, D, D, height);
-      multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns) {
-        for (int i = 0; i < height; ++i)
+      multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+        for (int64_t i = from; i < smaller(to, height); ++i)
           for (int64_t v = 0; v < columns; v += lanes)
             store(out + i * 4 * R + column + v, load(c + i * kColumns<T> + v) + load(bias + column + v, columns - v), columns - v);
       });
@@ -252,9 +252,9 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         }
         pack_left(tile_left, i, R * R, [&](int64_t d, int64_t n) { return i < height ? load(outer_row + d, n) : Vector<T>{}; });
       }
-      multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns) {
+      multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
         uint32_t words[kWords];
-        for (int i = 0; i < height; ++i) {
+        for (int64_t i = from; i < smaller(to, height); ++i) {
           if (dropping) philox(seed, first + i, uint32_t(j), column, words);
           for (int64_t v = 0; v < columns; v += lanes) {
             const int64_t n = columns - v, at = i * D + column + v;
@@ -308,6 +308,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips<E> ? left_most : kStrips<E>, threads);
   // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
   Scratch<Operand<S>> gradient(smaller(rows, kChunk) * columns_of_all);
+  Scratch<float> waiting(kRowSums<E>, threads);
   Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kHeight<E> * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
@@ -316,7 +317,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   Scratch<E*> map(M), projection(M), phi(M);
   const int count = int(mapping ? 3 * M : 2 * M);
   Scratch<WeightGradient<S, P>> gradients(count);
-  if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !row.ok() || !sums.ok() ||
+  if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
       !tile_mapping.ok() || !phi.ok())
     return 1;
@@ -356,6 +357,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
 #pragma omp parallel num_threads(threads) firstprivate(M, R, padded, beta, kept, threshold, dropping, gated_target, mapping, seed)
   {
     E* tile_left = left.of(omp_get_thread_num());
+    float* tile_sums = waiting.of(omp_get_thread_num());
     T* rows_scratch = row.of(omp_get_thread_num());
     T* S_rows = sums.of(omp_get_thread_num());
     T* mapping_rows = tile_mapping.of(omp_get_thread_num());
@@ -393,8 +395,8 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         if (mapping) {
           for (int i = 0; i < kHeight<E>; ++i)
             pack_left((PackedSigns<S>*)tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
-          multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t) {
-            for (int i = 0; i < height; ++i)
+          multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
+            for (int64_t i = from; i < smaller(to, height); ++i)
               for (int v = 0; v < kColumns<T>; v += lanes)
                 store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
           });
@@ -419,8 +421,8 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             return att;
           });
         }
-        multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t) {
-          for (int i = 0; i < height; ++i)
+        multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
+          for (int64_t i = from; i < smaller(to, height); ++i)
             for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
         });
         int64_t b = ring.dialogue(first);
@@ -434,7 +436,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
         }
       }
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
         alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
         ring.factors(proj(j, n), u, v);
         ring.rotate(j, ring.dialogue(n), v, w);
@@ -524,18 +526,18 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           }
         }
         pack_left_rows(tile_left, (const Operand<S>*)g_proj, 4 * R, 4 * R, height);
-        multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns) {
+        multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
           // These few products are soon done: what the next ones are added to is fetched now.
-          for (int i = 0; i < height; ++i)
+          for (int64_t i = from; i < smaller(to, height); ++i)
             for (int64_t v = columns; v < 2 * columns; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(grad_x + i * D + column + v, 1);
-          for (int i = 0; i < height; ++i)
+          for (int64_t i = from; i < smaller(to, height); ++i)
             for (int64_t v = 0; v < columns; v += lanes) {
               S* out = grad_x + i * D + column + v;
               store(out, load((const S*)out, columns - v) + load(c + i * kColumns<T> + v), columns - v);
             }
         });
       }
-      weight_gradients(gradients.data + M, count - int(M), start, rows, tile_left, (T*)nullptr, 0, [](int, int64_t, T*) {});
+      weight_gradients(gradients.data + M, count - int(M), start, rows, tile_left, tile_sums, (T*)nullptr, 0, [](int, int64_t, T*) {});
     }
   }
   return 0;
