@@ -137,7 +137,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
       });
     }
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk)
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums, (T*)nullptr, 0, [](int, int64_t, T*) {});
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums);
   }
   return 0;
 }

@@ -146,9 +146,9 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// c (+)= left * panel. next: the c that follows, whose lines are fetched meanwhile.
-template <class L, class E, int width, bool add, class F>
-static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel, int64_t count, float* c, const float* next, F& beside) {
+// c (+)= left * panel. Meanwhile the lines from `coming` on are asked for, so many with each four multiplications, no more than `most` of them.
+template <class L, class E, int width, bool add, int lines, class F>
+static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel, int64_t count, float* c, const void* coming, int64_t most, F& beside) {
   constexpr int columns = kColumns<float>, part = 32 * 16;                            // words of a part, left and right
   if (add) {
     _tile_loadd(0, c, 4 * columns);
@@ -186,11 +186,13 @@ static __attribute__((noinline)) void tile_kernel(const L* left, const E* panel,
     _tile_dpbf16ps(3, 5, 7);
     _tile_loadd(7, r + which * part + 16, 4 * columns);
   };
-  const float* const end = next + kTile;
+  auto next = (const char*)coming;
+  const char* const end = next + most * 64;
   auto meanwhile = [&]() __attribute__((always_inline)) {
     if (next < end) {
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i, next += 16) __builtin_prefetch(next);
+#pragma GCC unroll 32
+      for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64);
+      next += lines * 64;
     }
     beside();
   };
@@ -240,8 +242,13 @@ INLINE void micro_kernel(const L* left, const E* panel, int64_t count, int64_t c
     const E* times = panel + start * kColumns<T> * per;
     const bool wide = columns > Lanes<T>::count;
 #if defined(__AMX_BF16__)
-    if constexpr (kTiles<E>) wide ? tile_kernel<L, E, 2, false>(from, times, here, to, to, beside) : tile_kernel<L, E, 1, false>(from, times, here, to, to, beside);
-    else
+    if constexpr (kTiles<E>) {
+      // The panel, which another thread may have packed, is asked for a block of steps ahead.
+      constexpr int64_t block = kStepBlock<E> * kColumns<T> * per, lines = block * sizeof(E) / 64, each = lines / kFours<L, E>;
+      const int64_t most = here / kStepBlock<E> * lines;
+      wide ? tile_kernel<L, E, 2, false, each>(from, times, here, to, times + block, most, beside)
+           : tile_kernel<L, E, 1, false, each>(from, times, here, to, times + block, most, beside);
+    } else
 #endif
     if (wide) vector_kernel<Layout, 2>((const Word<E>*)from, (const Word<E>*)times, here, to);
     else vector_kernel<Layout, 1>((const Word<E>*)from, (const Word<E>*)times, here, to);
@@ -289,9 +296,10 @@ template <class L, class E, class F>
 INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E* right, int64_t k, int64_t n, float* sums, bool add, F& beside) {
 #if defined(__AMX_BF16__)
   constexpr int64_t per = Step<E>::elements, columns = kColumns<float>;
-  typedef void Kernel(const L*, const E*, int64_t, float*, const float*, F&);
-  static Kernel* const kernels[2][2] = {{tile_kernel<L, E, 1, false, F>, tile_kernel<L, E, 1, true, F>},
-                                        {tile_kernel<L, E, 2, false, F>, tile_kernel<L, E, 2, true, F>}};
+  constexpr int lines = 3;                                    // of the sums that come next
+  typedef void Kernel(const L*, const E*, int64_t, float*, const void*, int64_t, F&);
+  static Kernel* const kernels[2][2] = {{tile_kernel<L, E, 1, false, lines, F>, tile_kernel<L, E, 1, true, lines, F>},
+                                        {tile_kernel<L, E, 2, false, lines, F>, tile_kernel<L, E, 2, true, lines, F>}};
   const int64_t count = padded_steps<E>(k);
   const Engine<E> engine;
   for (int64_t column = 0; column < n; column += columns, sums += strips * kTile)
@@ -299,7 +307,7 @@ INLINE void multiply_strips(const L* left, int64_t each, int64_t strips, const E
       for (int64_t strip = 0; strip < strips; ++strip) {
         float* c = sums + strip * kTile;
         kernels[n - column > columns / 2][add || start > 0](left + strip * each + start * kHeight<E> * per, right + (column * count + start * columns) * per,
-                                                           smaller(kPart<E>, count - start), c, c + kTile, beside);
+                                                           smaller(kPart<E>, count - start), c, c + kTile, kTile * sizeof(float) / 64, beside);
         if (start + kPart<E> >= count) beside.served(strip);
       }
 #endif
@@ -332,7 +340,7 @@ INLINE void multiply_rows(const L* left, int64_t each, int64_t strips, int64_t h
     const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns, rows = begin > 0 ? height : 0;
     const E* const from = right + begin / columns * panel_size;
     const char* const coming = (const char*)(from + kPart<E> * columns * Step<E>::elements);
-    const int64_t pieces = panels * panel_size * int64_t(sizeof(E)) / (64 * lines);
+    const int64_t pieces = 1 + panels * panel_size * int64_t(sizeof(E)) / (64 * lines);   // without steps one that puts all
     auto piece = [&](int64_t number) __attribute__((always_inline)) {
       for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(coming + line * 64, 0, 2);
       for (int64_t row = rows * number / pieces; row < rows * (number + 1) / pieces; ++row) put_from(waiting, row, begin - kColumnsTogether);
@@ -552,12 +560,12 @@ constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every
 template <class S, class P = S> struct WeightGradient {
   const Operand<S>* left;  // of this pass alone; or, where it is null,
   const int8_t* signs;     // of all rows
-  const S* rows;           // the right operand [rows, n], or null where make_row makes it
+  const S* rows;           // the right operand [rows, n]
   int64_t m, n;
   P *weight, *bias;
   Compute<S> scale;
   Packed<S>* right;        // scratch, right_size(kChunk, n + 1)
-  bool packed;             // an earlier gradient has the same right operand, and the same scratch
+  bool packed;             // somebody else packs it, with the column of ones: pack_gradient_right, or an earlier gradient with the same
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
 
@@ -623,11 +631,9 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
 
 // One pass: adds kChunk rows from `start` on, or those that are left. Called by all threads of a parallel region, pass after pass, and once
 // where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
-// make_row(p, row, out) writes row `row` of the right operand of gradient p. strips: kStrips of E; sums: kRowSums of E; row_scratch: two
-// rows of n numbers, and a vector.
-template <class S, class P, class F>
-static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips, float* sums,
-                             Compute<S>* row_scratch, int64_t row_size, F make_row) {
+// strips: kStrips of E; sums: kRowSums of E.
+template <class S, class P>
+static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips, float* sums) {
   using E = Packed<S>;
   using T = Compute<S>;
   constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
@@ -643,15 +649,8 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     const WeightGradient<S, P> g = gradients[p];     // a copy: stores might change the original, for all the compiler knows
     if (g.packed) continue;
     for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
-      const bool both = per == 2 && r + 1 < k;
-      if (g.rows) {
-        const S* row = g.rows + (start + r) * g.n;
-        pack_right(g.right, r, k, g.n, row, both ? row + g.n : nullptr, true);
-      } else {
-        make_row(p, start + r, row_scratch);
-        if (both) make_row(p, start + r + 1, row_scratch + row_size);
-        pack_right(g.right, r, k, g.n, (const T*)row_scratch, both ? (const T*)row_scratch + row_size : nullptr, true);
-      }
+      const S* row = g.rows + (start + r) * g.n;
+      pack_right(g.right, r, k, g.n, row, per == 2 && r + 1 < k ? row + g.n : nullptr, true);
     }
   }
 #pragma omp for schedule(dynamic)

@@ -60,6 +60,12 @@ template <class S> struct Ring {
     for (int64_t d = 0; d < padded; d += lanes) store(w + d, T(args->scale) * load(v + d));
   }
 
+  // u w^T, row by row without padding; writes up to a vector more.
+  void outer(const T* u, const T* w, T* out) const {
+    for (int64_t k = 0; k < R; ++k)
+      for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
+  }
+
   // out = scale sum over the dialogue's rows of a b^T; pair(n, a, b) gives the two vectors of row n.
   template <class F> void outer_sum(int64_t b, T scale, T* out, F pair) const {
     alignas(64) T first[kMaxRank], second[kMaxRank];
@@ -247,8 +253,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
           while (args->offsets[b + 1] <= first + i) ++b;
           ring.factors(saved.data[j] + (first + i) * 4 * R, u, v);
           ring.rotate(j, b, v, w);
-          for (int64_t k = 0; k < R; ++k)
-            for (int64_t d = 0; d < ring.padded; d += lanes) store(outer_row + k * R + d, u[k] * load(w + d));
+          ring.outer(u, w, outer_row);
         }
         pack_left(tile_left, i, R * R, [&](int64_t d, int64_t n) { return i < height ? load(outer_row + d, n) : Vector<T>{}; });
       }
@@ -298,7 +303,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
     packed += right_size<E>(D, R * R) + right_size<E>(4 * R, D) + (mapping ? right_size<E>(D, D) : 0);
-    chunks += right_size<E>(kChunk, R * R + 1) + right_size<E>(kChunk, D + 1);
+    chunks += right_size<E>(kChunk, R * R + 1);
     totals += D * round_up(R * R + 1, kColumns<T>) + (4 * R + (mapping ? D : 0)) * round_up(D + 1, kColumns<T>);
     columns_of_all += D + 4 * R;
     work += 2 * rows * D * (4 * R + R * R + (mapping ? D : 0));
@@ -309,17 +314,18 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
   Scratch<Operand<S>> gradient(smaller(rows, kChunk) * columns_of_all);
   Scratch<float> waiting(kRowSums<E>, threads);
-  Scratch<T> total(rows > kChunk ? totals : 0), row(2 * row_size, threads), sums(kHeight<E> * sums_size, threads);
+  Scratch<T> total(rows > kChunk ? totals : 0), row(per * row_size, threads), sums(kHeight<E> * sums_size, threads);
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
   const int64_t tile_row = round_up(widest, kColumns<T>);
   Scratch<T> tile_mapping(mapping ? kHeight<E> * tile_row : 0, threads);
   Scratch<E*> map(M), projection(M), phi(M);
-  const int count = int(mapping ? 3 * M : 2 * M);
-  Scratch<WeightGradient<S, P>> gradients(count);
+  const int64_t of_x = mapping ? 2 : 1;                        // gradients with x as their right operand; those of the map come before them all
+  Scratch<WeightGradient<S, P>> gradients((1 + of_x) * M);
+  Scratch<E> x_packed(right_size<E>(kChunk, widest + 1));
   if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
-      !tile_mapping.ok() || !phi.ok())
+      !tile_mapping.ok() || !phi.ok() || !x_packed.ok())
     return 1;
   E *right_at = right.data, *chunk_at = chunk.data;
   Operand<S>* gradient_at = gradient.data;
@@ -331,19 +337,19 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     right_at += right_size<E>(D, R * R);
     projection.data[j] = right_at;
     right_at += right_size<E>(4 * R, D);
-    auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias) {
-      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (P*)weight, (P*)bias, T(1), chunk_at, false, total_at};
+    auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias, E* packed) {
+      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (P*)weight, (P*)bias, T(1), packed, !rows_of, total_at};
       gradient_at += smaller(rows, kChunk) * m;
-      chunk_at += right_size<E>(kChunk, n + 1);
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
     };
-    add(j, nullptr, D, R * R, t[GRAD_MAP * M + j], t[GRAD_MAP_BIAS * M + j]);
-    add(M + j, t[X * M + j], 4 * R, D, t[GRAD_PROJ_WEIGHT * M + j], t[GRAD_PROJ_BIAS * M + j]);
+    add(j, nullptr, D, R * R, t[GRAD_MAP * M + j], t[GRAD_MAP_BIAS * M + j], chunk_at);
+    chunk_at += right_size<E>(kChunk, R * R + 1);
+    add(M + j * of_x, t[X * M + j], 4 * R, D, t[GRAD_PROJ_WEIGHT * M + j], t[GRAD_PROJ_BIAS * M + j], x_packed.data);
     if (!mapping) continue;
     phi.data[j] = right_at;
     right_at += right_size<E>(D, D);
-    gradients.data[2 * M + j] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (P*)t[GRAD_PHI * M + j],
-                                 (P*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), gradients.data[M + j].right, true,
+    gradients.data[M + j * of_x + 1] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (P*)t[GRAD_PHI * M + j],
+                                 (P*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), x_packed.data, true,
                                  total_at};
     if (rows > kChunk) total_at += D * round_up(D + 1, kColumns<T>);
   }
@@ -358,7 +364,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   {
     E* tile_left = left.of(omp_get_thread_num());
     float* tile_sums = waiting.of(omp_get_thread_num());
-    T* rows_scratch = row.of(omp_get_thread_num());
+    T* outer_rows = row.of(omp_get_thread_num());
     T* S_rows = sums.of(omp_get_thread_num());
     T* mapping_rows = tile_mapping.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
@@ -389,7 +395,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
         const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
         const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
-        const T factor = mapping ? gradients.data[2 * M + j].scale : T(0);
+        const T factor = mapping ? gradients.data[M + j * of_x + 1].scale : T(0);
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         auto g_att = (Operand<S>*)gradients.data[j].left + place * D;
         if (mapping) {
@@ -434,15 +440,14 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
           if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, gu, gw);
           else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
+          // u w^T, the right operand of the map's gradient; two rows make a step
+          T* outer_row = outer_rows + i % per * row_size;
+          ring.outer(u, w, outer_row);
+          if (i % per == per - 1 || i + 1 == height)
+            pack_right(gradients.data[j].right, place + i / per * per, here, R * R, (const T*)outer_rows, i % per ? (const T*)outer_row : nullptr, true);
         }
       }
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums, rows_scratch, row_size, [&](int j, int64_t n, T* out) {
-        alignas(64) T u[kMaxRank], v[kMaxRank], w[kMaxRank];
-        ring.factors(proj(j, n), u, v);
-        ring.rotate(j, ring.dialogue(n), v, w);
-        for (int64_t k = 0; k < R; ++k)
-          for (int64_t d = 0; d < padded; d += lanes) store(out + k * R + d, u[k] * load(w + d));
-      });
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums);
     }
 
     // g_A, through the product rule around the ring
@@ -496,7 +501,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
-        auto g_proj = (Operand<S>*)gradients.data[M + j].left + place * 4 * R;
+        auto g_proj = (Operand<S>*)gradients.data[M + j * of_x].left + place * 4 * R;
         int64_t b = ring.dialogue(first);
         for (int i = 0; i < height; ++i) {
           alignas(64) T u[kMaxRank], v[kMaxRank], gu[kMaxRank], gv[kMaxRank], more[kMaxRank];
@@ -537,7 +542,8 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             }
         });
       }
-      weight_gradients(gradients.data + M, count - int(M), start, rows, tile_left, tile_sums, (T*)nullptr, 0, [](int, int64_t, T*) {});
+      for (int64_t j = 0; j < M; ++j)                         // one after the other: the packed x of one stays in the caches
+        weight_gradients(gradients.data + M + j * of_x, int(of_x), start, rows, tile_left, tile_sums);
     }
   }
   return 0;
