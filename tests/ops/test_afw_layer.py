@@ -90,6 +90,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
 @example(case=Case(lengths=(), widths=(3, 4), rank=2))
 @example(case=Case(lengths=(0,), widths=(3,), rank=2, dropout=0.5))
 @example(case=Case(lengths=(1,), widths=(1,), rank=1))
+@example(case=Case(lengths=(), widths=(3,), rank=17))           # gradients of more columns than go out at once
 def test_error_against_float64(dtype, case):
     check(case, dtype)
 

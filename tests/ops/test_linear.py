@@ -316,7 +316,7 @@ def own_products(x, w, b, grad):
 
 @needs_native
 @pytest.mark.parametrize("dtype", UP_TO_FLOAT)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (1, 7, 5), (3, 1, 12), (33, 257, 65), (500, 33, 300), (96, 130, 31), (70, 2050, 40), (40, 48, 1300), (1100, 40, 70)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (1, 7, 5), (3, 1, 12), (33, 257, 65), (500, 33, 300), (96, 130, 31), (70, 2050, 40), (40, 48, 1300), (1100, 40, 70), (150, 600, 330)])
 def test_products_with_the_weight(tier, sizes, dtype, monkeypatch):
     """At most twice the error of torch, which rounds the weight before, or a rounding of the largest element; in float32 some roundings of it, as
     a sum in order may have more than one in blocks. Every element is written, and nothing beside."""
