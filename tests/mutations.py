@@ -148,6 +148,7 @@ MUTANTS = [
     Mutant("cpu", "index", CPU_GEMM, "put_from(waiting, row, begin - kColumnsTogether)", "put_from(waiting, row, begin)",
            "the first columns of a gradient stand where the next ones do (AMX)"),
     Mutant("cpu", "index", CPU_RING, "place + i / per * per, here", "i / per * per, here", "the rows u w^T of all tiles are packed over the first ones"),
+    Mutant("cpu", "index", CPU_GEMM, "if (packed_rows != g.rows) pack", "if (!packed_rows) pack", "a thread multiplies all gradients by its first rows (AMX)"),
     Mutant("cpu", "index", CPU_RING, "gradients.data + M + j * of_x", "gradients.data + M", "the gradients from x are those of the first modality alone"),
     Mutant("cpu", "index", CPU_GEMM, "(r / (per * lanes) * parts * height + i) * lanes;", "(r / (per * lanes) * parts * height) * lanes;",
            "half of a strip's columns lie where the others do (AMX)"),

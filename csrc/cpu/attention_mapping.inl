@@ -81,13 +81,13 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
     packed += right_size<E>(D, D);
-    chunks += right_size<E>(kChunk, D + 1);
+    chunks = kTiles<E> ? right_size<E>(kChunk, widest + 1) : chunks + right_size<E>(kChunk, D + 1);
     totals += D * round_up(D + 1, kColumns<T>);
     work += 2 * rows * D * D;
   }
   const int threads = useful_threads(args->threads, work);
   const int64_t size = left_size<E>(widest);
-  Scratch<E> right(packed), chunk(chunks), left(size > kStrips<E> ? size : kStrips<E>, threads);
+  Scratch<E> right(packed), chunk(chunks, kTiles<E> ? threads : 1), left(size > kStrips<E> ? size : kStrips<E>, threads);
   Scratch<T> total(rows > kChunk ? totals : 0);
   Scratch<float> waiting(kRowSums<E>, threads);
   Scratch<E*> phi(M);
@@ -101,7 +101,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
     gradients.data[j] = {nullptr, (const int8_t*)t[M + j], (const S*)t[j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
                          T(args->coefficient[j] * gradient), chunk.data + chunk_at, false, total.data + total_at};
     at += right_size<E>(D, D);
-    chunk_at += right_size<E>(kChunk, D + 1);
+    if (!kTiles<E>) chunk_at += right_size<E>(kChunk, D + 1);
     total_at += rows > kChunk ? D * round_up(D + 1, kColumns<T>) : 0;
   }
 
@@ -109,6 +109,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   {
     E* tile_left = left.of(omp_get_thread_num());
     float* tile_sums = waiting.of(omp_get_thread_num());
+    E* own_x = chunk.of(kTiles<E> ? omp_get_thread_num() : 0);
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < M * blocks; ++job) {
@@ -137,7 +138,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
       });
     }
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk)
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums);
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, own_x, tile_sums);
   }
   return 0;
 }

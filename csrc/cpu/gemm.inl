@@ -334,7 +334,8 @@ INLINE void multiply_rows(const L* left, int64_t each, int64_t strips, int64_t h
   const int64_t panel_size = right_size<E>(k, columns);
   float *filling = sums, *waiting = sums + kRowSums<E> / 2;
   auto put_from = [&](const float* from, int64_t row, int64_t begin) __attribute__((always_inline)) {
-    put_row(from, strips, row, smaller(kColumnsTogether, n - begin), [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
+    put_row(from, strips, row, smaller(kColumnsTogether, n - begin),
+            [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
   };
   for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
     const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns, rows = begin > 0 ? height : 0;
@@ -507,7 +508,8 @@ template <class E> INLINE int64_t transposed_pieces(int64_t k) {
 template <class E, class F>
 INLINE void pack_transposed_piece(E* right, F row, int64_t k, int64_t n, int64_t column, int64_t piece, Square<E>* square) {
   constexpr int lanes = Lanes<Word<E>>::count, columns = kColumns<Compute<E>>, per = Step<E>::elements, parts = Step<E>::parts;
-  const int64_t which = piece % kSquarePieces<E>, number = piece / kSquarePieces<E>, c = number % (columns / lanes) * lanes, at = number / (columns / lanes) * lanes;
+  const int64_t which = piece % kSquarePieces<E>, number = piece / kSquarePieces<E>;
+  const int64_t c = number % (columns / lanes) * lanes, at = number / (columns / lanes) * lanes;
   const int64_t count = padded_steps<E>(k), rows = n - column - c;
   if (rows <= 0) return;
   Word<E>* const to = right_place(right, count, parts == 3 ? at / per : at, column + c);
@@ -560,12 +562,12 @@ constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every
 template <class S, class P = S> struct WeightGradient {
   const Operand<S>* left;  // of this pass alone; or, where it is null,
   const int8_t* signs;     // of all rows
-  const S* rows;           // the right operand [rows, n]
+  const S* rows;           // the right operand [rows, n]; null where somebody else packs it, with a column of ones
   int64_t m, n;
   P *weight, *bias;
   Compute<S> scale;
   Packed<S>* right;        // scratch, right_size(kChunk, n + 1)
-  bool packed;             // somebody else packs it, with the column of ones: pack_gradient_right, or an earlier gradient with the same
+  bool packed;             // an earlier gradient has the same right operand and scratch, or `rows` is null
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
 
@@ -631,9 +633,9 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
 
 // One pass: adds kChunk rows from `start` on, or those that are left. Called by all threads of a parallel region, pass after pass, and once
 // where there are no rows. The rows are summed in their order, whatever the number of threads: threads divide the rows of the result.
-// strips: kStrips of E; sums: kRowSums of E.
+// For this thread, strips: kStrips of E; own: where there are tiles, right_size(kChunk, n + 1) of the widest with `rows`; sums: kRowSums of E.
 template <class S, class P>
-static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips, float* sums) {
+static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t start, int64_t rows, Packed<S>* strips, Packed<S>* own, float* sums) {
   using E = Packed<S>;
   using T = Compute<S>;
   constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
@@ -643,22 +645,33 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   for (int p = 0; p < count; ++p) groups += groups_of(gradients[p].m);
 
   const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
-#pragma omp for schedule(dynamic)
-  for (int64_t job = 0; job < count * blocks; ++job) {
-    const int p = int(job / blocks);
-    const WeightGradient<S, P> g = gradients[p];     // a copy: stores might change the original, for all the compiler knows
-    if (g.packed) continue;
-    for (int64_t r = job % blocks * kBlock; r < smaller((job % blocks + 1) * kBlock, k); r += per) {
+  auto pack = [&](const WeightGradient<S, P>& g, E* to, int64_t first, int64_t end) {
+    for (int64_t r = first; r < smaller(end, k); r += per) {
       const S* row = g.rows + (start + r) * g.n;
-      pack_right(g.right, r, k, g.n, row, per == 2 && r + 1 < k ? row + g.n : nullptr, true);
+      pack_right(to, r, k, g.n, row, per == 2 && r + 1 < k ? row + g.n : nullptr, true);
+    }
+  };
+  if (!kTiles<E>) {
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < count * blocks; ++job) {
+      const WeightGradient<S, P> g = gradients[job / blocks];     // a copy: stores might change the original, for all the compiler knows
+      if (!g.packed) pack(g, g.right, job % blocks * kBlock, (job % blocks + 1) * kBlock);
     }
   }
+  // A thread with tiles packs for itself: what another core has packed costs as much to fetch, line by line, and as much again to overwrite.
+  const S* packed_rows = nullptr;
 #pragma omp for schedule(dynamic)
   for (int64_t job = 0; job < groups; ++job) {
     int p = 0;
     int64_t place = job;
     for (int64_t own; place >= (own = groups_of(gradients[p].m)); ++p) place -= own;
     const WeightGradient<S, P> g = gradients[p];
+    const E* right = g.right;
+    if (kTiles<E> && g.rows) {
+      if (packed_rows != g.rows) pack(g, own, 0, k);
+      packed_rows = g.rows;
+      right = own;
+    }
     const int64_t first = place * together(g.m), stride = round_up(g.n + 1, kColumns<T>), height = smaller(together(g.m), g.m - first);
     const int64_t used = (height + kHeight<E> - 1) / kHeight<E>;
     const bool last = start + k == rows;
@@ -684,10 +697,10 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
       pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
       if constexpr (kTiles<E>) {
-        multiply_rows(packed, kStrip<E>, used, height, g.right, k, g.n + 1, sums, put);
+        multiply_rows(packed, kStrip<E>, used, height, right, k, g.n + 1, sums, put);
       } else {
         for (int64_t s = 0; s < used; ++s)
-          multiply<Columns>(packed + s * kStrip<E>, g.right, k, g.n + 1, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
+          multiply<Columns>(packed + s * kStrip<E>, right, k, g.n + 1, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
             for (int64_t i = from; i < smaller(to, height - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * kColumns<T>, column);
           });
       }

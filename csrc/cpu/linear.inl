@@ -124,7 +124,9 @@ template <class S, bool transposed> struct LinearProduct {
           pack_left_piece(rows_packed + strip * each, x + (row + first) * k + start, k, deep(start), smaller(kHeight<E>, there - first), piece);
         };
         struct Place { int64_t start, first; };             // of a panel
-        auto after = [&](Place p) __attribute__((always_inline)) { return p.first + columns < end ? Place{p.start, p.first + columns} : Place{p.start + depth, begin}; };
+        auto after = [&](Place p) __attribute__((always_inline)) {
+          return p.first + columns < end ? Place{p.start, p.first + columns} : Place{p.start + depth, begin};
+        };
 
         for (int64_t strip = 0; strip < strips; ++strip)
           for (int64_t piece = 0; piece < left_pieces<E>(deep(0)); ++piece) pack_rows(0, strip, piece);
@@ -138,16 +140,19 @@ template <class S, bool transposed> struct LinearProduct {
             if (next_but_one.start < k) fetch_weight(next_but_one.start, next_but_one.first, piece);
           };
           auto renew = [&](int64_t strip, int64_t piece) __attribute__((always_inline)) { pack_rows(next.start, strip, piece); };
-          const int64_t strip_slots = padded_steps<E>(deep(now.start)) / kStepBlock<E> * kFours<E, E>;
+          constexpr int64_t fours = kFours<E, E>;
+          const int64_t strip_slots = padded_steps<E>(deep(now.start)) / kStepBlock<E> * fours;
+          const bool more = next.start < k, last = more && next.start > now.start;
           BesideRenewing<decltype(ahead), decltype(renew)> beside(
-              ahead, next.start < k ? weight_pieces(deep(next.start)) : 0, strips * strip_slots,
-              renew, next.start > now.start && next.start < k ? left_pieces<E>(deep(next.start)) : 0, smaller(strip_slots, kPart<E> / kStepBlock<E> * kFours<E, E>));
+              ahead, more ? weight_pieces(deep(next.start)) : 0, strips * strip_slots,
+              renew, last ? left_pieces<E>(deep(next.start)) : 0, smaller(strip_slots, kPart<E> / kStepBlock<E> * fours));
           multiply_strips(rows_packed, each, strips, own, deep(now.start), smaller(columns, end - now.first), sums + sums_size(strips, now.first - begin),
                           now.start > 0, beside);
           beside.finish();
         }
         for (int64_t r = 0; r < there; ++r)
-          put_row(sums, strips, r, end - begin, [&](int64_t, const float* c, int64_t column) __attribute__((always_inline)) { put(row + r, c, begin + column, end); });
+          put_row(sums, strips, r, end - begin,
+                  [&](int64_t, const float* c, int64_t column) __attribute__((always_inline)) { put(row + r, c, begin + column, end); });
       }
     }
     return 0;

@@ -322,7 +322,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   Scratch<E*> map(M), projection(M), phi(M);
   const int64_t of_x = mapping ? 2 : 1;                        // gradients with x as their right operand; those of the map come before them all
   Scratch<WeightGradient<S, P>> gradients((1 + of_x) * M);
-  Scratch<E> x_packed(right_size<E>(kChunk, widest + 1));
+  Scratch<E> x_packed(right_size<E>(kChunk, widest + 1), kTiles<E> ? threads : 1);
   if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
       !tile_mapping.ok() || !phi.ok() || !x_packed.ok())
@@ -364,6 +364,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   {
     E* tile_left = left.of(omp_get_thread_num());
     float* tile_sums = waiting.of(omp_get_thread_num());
+    E* own_x = x_packed.of(kTiles<E> ? omp_get_thread_num() : 0);
     T* outer_rows = row.of(omp_get_thread_num());
     T* S_rows = sums.of(omp_get_thread_num());
     T* mapping_rows = tile_mapping.of(omp_get_thread_num());
@@ -447,7 +448,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             pack_right(gradients.data[j].right, place + i / per * per, here, R * R, (const T*)outer_rows, i % per ? (const T*)outer_row : nullptr, true);
         }
       }
-      weight_gradients(gradients.data, int(M), start, rows, tile_left, tile_sums);
+      weight_gradients(gradients.data, int(M), start, rows, tile_left, own_x, tile_sums);
     }
 
     // g_A, through the product rule around the ring
@@ -543,7 +544,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         });
       }
       for (int64_t j = 0; j < M; ++j)                         // one after the other: the packed x of one stays in the caches
-        weight_gradients(gradients.data + M + j * of_x, int(of_x), start, rows, tile_left, tile_sums);
+        weight_gradients(gradients.data + M + j * of_x, int(of_x), start, rows, tile_left, own_x, tile_sums);
     }
   }
   return 0;
