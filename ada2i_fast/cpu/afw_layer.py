@@ -73,5 +73,5 @@ def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[T
         run("ada2i_tensor_ring_backward", *common,
             pointers(*given, parameters[10 * count:11 * count], places[3 * count:], to[10 * count:-1]), coefficient, grad_loss.contiguous(),
             dtype)
-    found = torch._C._nn.unflatten_dense_tensors(grads, wanted)     # as torch._utils does, without a Python loop: half the time in between
+    found = torch._C._nn.unflatten_dense_tensors(grads, wanted)     # one call for what a loop would do
     return [*grad_x, *found, *([None] * (len(parameters) - len(wanted)))]

@@ -324,36 +324,28 @@ template <class E> constexpr int kMostStrips = kTiles<E> ? 8 : 48 / kHeight<E>;
 // The rows of a product of `strips` left operands go out some columns at a time: short pieces, far apart, take memory as long as the product
 // takes.
 constexpr int64_t kColumnsTogether = 256;
-template <class E> constexpr int64_t kRowSums = kTiles<E> ? 2 * kMostStrips<E> * (kTile / kColumns<float>) * kColumnsTogether : 0;
+template <class E> constexpr int64_t kRowSums = kTiles<E> ? kMostStrips<E> * (kTile / kColumns<float>) * kColumnsTogether : 0;
 
-// For tiles: put(row, c, column) for `height` rows. sums: kRowSums of E. Beside the product the sums of the columns before go out, and the
-// right operand, which the first strip finds in another core's cache or further away, is asked for a part ahead.
+// For tiles: put(row, c, column) for `height` rows. sums: kRowSums of E. Beside the product the right operand, which the first strip finds in
+// another core's cache or further away, is asked for a part ahead. Not so the results: to memory that is in no cache they go faster without
+// tiles that wait for it.
 template <class L, class E, class F>
 INLINE void multiply_rows(const L* left, int64_t each, int64_t strips, int64_t height, const E* right, int64_t k, int64_t n, float* sums, F put) {
   constexpr int64_t columns = kColumns<float>, lines = 4;
   const int64_t panel_size = right_size<E>(k, columns);
-  float *filling = sums, *waiting = sums + kRowSums<E> / 2;
-  auto put_from = [&](const float* from, int64_t row, int64_t begin) __attribute__((always_inline)) {
-    put_row(from, strips, row, smaller(kColumnsTogether, n - begin),
-            [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
-  };
   for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
-    const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns, rows = begin > 0 ? height : 0;
+    const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns;
     const E* const from = right + begin / columns * panel_size;
     const char* const coming = (const char*)(from + kPart<E> * columns * Step<E>::elements);
-    const int64_t pieces = 1 + panels * panel_size * int64_t(sizeof(E)) / (64 * lines);   // without steps one that puts all
     auto piece = [&](int64_t number) __attribute__((always_inline)) {
       for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(coming + line * 64, 0, 2);
-      for (int64_t row = rows * number / pieces; row < rows * (number + 1) / pieces; ++row) put_from(waiting, row, begin - kColumnsTogether);
     };
-    Beside<decltype(piece)> beside{piece, pieces, padded_steps<E>(k) / kStepBlock<E> * kFours<L, E> * strips * panels};
-    multiply_strips(left, each, strips, from, k, width, filling, false, beside);
-    beside.finish();
-    float* const filled = filling;
-    filling = waiting, waiting = filled;
+    Beside<decltype(piece)> beside{piece, panels * panel_size * int64_t(sizeof(E)) / (64 * lines),
+                                   padded_steps<E>(k) / kStepBlock<E> * kFours<L, E> * strips * panels};
+    multiply_strips(left, each, strips, from, k, width, sums, false, beside);
+    for (int64_t row = 0; row < height; ++row)
+      put_row(sums, strips, row, width, [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
   }
-  const int64_t last = (n - 1) / kColumnsTogether * kColumnsTogether;
-  for (int64_t row = 0; row < height; ++row) put_from(waiting, row, last);
 }
 
 // The size of groups of `count` pieces: as many groups for each thread, none larger than `most`.
