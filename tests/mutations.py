@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("cpu", "index", CPU_LINEAR, "grad_out + start * m + first, m, m - first", "grad_out + first, m, m - first",
            "every pass sums the gradients of the first"),
     Mutant("cpu", "bound", CPU_GEMM, "r + 1 < k ? row + m : nullptr, there > column", "row + m, there > column", "a pair of rows reaches beyond the last"),
-    Mutant("cpu", "bound", CPU_LINEAR, "i < smaller(to, m - first - s * kHeight<E>);", "i < to;", "the last strip's rows are written beyond the outputs"),
+    Mutant("cpu", "bound", CPU_GEMM, "i < smaller(to, height - s * kHeight<E>);", "i < to;", "the last strip's rows are written beyond the outputs"),
     Mutant("cpu", "bound", CPU_LINEAR, "smaller(used * kHeight<E>, m - first), right.data", "used * kHeight<E>, right.data",
            "the last strip's rows are written beyond the outputs (AMX)"),
     Mutant("cpu", "bound", CPU_GEMM, "const bool wide = columns > Lanes<T>::count;", "const bool wide = columns > kColumns<T>;", "the last panel is half as wide"),

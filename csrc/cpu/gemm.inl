@@ -326,25 +326,33 @@ template <class E> constexpr int kMostStrips = kTiles<E> ? 8 : 48 / kHeight<E>;
 constexpr int64_t kColumnsTogether = 256;
 template <class E> constexpr int64_t kRowSums = kTiles<E> ? kMostStrips<E> * (kTile / kColumns<float>) * kColumnsTogether : 0;
 
-// For tiles: put(row, c, column) for `height` rows. sums: kRowSums of E. Beside the product the right operand, which the first strip finds in
-// another core's cache or further away, is asked for a part ahead. Not so the results: to memory that is in no cache they go faster without
-// tiles that wait for it.
+// put(row, c, column) for `height` rows of the product of `strips` left operands in columns. sums: kRowSums of E. Beside tiles the right operand,
+// which the first strip finds in another core's cache or further away, is asked for a part ahead. Not so the results: to memory that is in no
+// cache they go faster without tiles that wait for it.
 template <class L, class E, class F>
 INLINE void multiply_rows(const L* left, int64_t each, int64_t strips, int64_t height, const E* right, int64_t k, int64_t n, float* sums, F put) {
-  constexpr int64_t columns = kColumns<float>, lines = 4;
-  const int64_t panel_size = right_size<E>(k, columns);
-  for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
-    const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns;
-    const E* const from = right + begin / columns * panel_size;
-    const char* const coming = (const char*)(from + kPart<E> * columns * Step<E>::elements);
-    auto piece = [&](int64_t number) __attribute__((always_inline)) {
-      for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(coming + line * 64, 0, 2);
-    };
-    Beside<decltype(piece)> beside{piece, panels * panel_size * int64_t(sizeof(E)) / (64 * lines),
-                                   padded_steps<E>(k) / kStepBlock<E> * kFours<L, E> * strips * panels};
-    multiply_strips(left, each, strips, from, k, width, sums, false, beside);
-    for (int64_t row = 0; row < height; ++row)
-      put_row(sums, strips, row, width, [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
+  if constexpr (!kTiles<E>) {
+    for (int64_t s = 0; s < strips; ++s)
+      multiply<Columns>(left + s * each, right, k, n, [&](const Compute<E>* c, int64_t column, int64_t, int64_t from, int64_t to) {
+        for (int64_t i = from; i < smaller(to, height - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * kColumns<Compute<E>>, column);
+      });
+  } else {
+    constexpr int64_t columns = kColumns<float>, lines = 4;
+    const int64_t panel_size = right_size<E>(k, columns);
+    for (int64_t begin = 0; begin < n; begin += kColumnsTogether) {
+      const int64_t width = smaller(kColumnsTogether, n - begin), panels = (width + columns - 1) / columns;
+      const E* const from = right + begin / columns * panel_size;
+      const char* const coming = (const char*)(from + kPart<E> * columns * Step<E>::elements);
+      auto piece = [&](int64_t number) __attribute__((always_inline)) {
+        for (int64_t line = number * lines; line < (number + 1) * lines; ++line) __builtin_prefetch(coming + line * 64, 0, 2);
+      };
+      Beside<decltype(piece)> beside{piece, panels * panel_size * int64_t(sizeof(E)) / (64 * lines),
+                                     padded_steps<E>(k) / kStepBlock<E> * kFours<L, E> * strips * panels};
+      multiply_strips(left, each, strips, from, k, width, sums, false, beside);
+      for (int64_t row = 0; row < height; ++row)
+        put_row(sums, strips, row, width,
+                [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) { put(r, c, begin + column); });
+    }
   }
 }
 
@@ -688,14 +696,7 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     };
     auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
       pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
-      if constexpr (kTiles<E>) {
-        multiply_rows(packed, kStrip<E>, used, height, right, k, g.n + 1, sums, put);
-      } else {
-        for (int64_t s = 0; s < used; ++s)
-          multiply<Columns>(packed + s * kStrip<E>, right, k, g.n + 1, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
-            for (int64_t i = from; i < smaller(to, height - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * kColumns<T>, column);
-          });
-      }
+      multiply_rows(packed, kStrip<E>, used, height, right, k, g.n + 1, sums, put);
     };
     if (g.left) run(strips, g.left);
     else run((PackedSigns<S>*)strips, g.signs + start * g.m);

@@ -54,12 +54,14 @@ template <class S, bool transposed> struct LinearProduct {
   const S* added;
   S* out;
   const int threads;
+  const int64_t together, groups;                       // panels in a job, and jobs
 
   explicit LinearProduct(const Linear* args)
       : rows(args->rows), k(transposed ? args->inputs : args->outputs), n(transposed ? args->outputs : args->inputs), x((const S*)args->tensors[0]),
         weight((const float*)args->tensors[1]), bias(transposed ? (const float*)args->tensors[2] : nullptr),
         added(transposed ? nullptr : (const S*)args->tensors[2]), out((S*)args->tensors[3]),
-        threads(useful_threads(args->threads, args->rows * args->inputs * args->outputs)) {}
+        threads(useful_threads(args->threads, args->rows * args->inputs * args->outputs)),
+        together(group_size((n + columns - 1) / columns, threads, kMostPanels<E>)), groups(((n + columns - 1) / columns + together - 1) / together) {}
 
   // Sums of a row from `column` on, those before `end`.
   ALWAYS_INLINE void put(int64_t row, const float* c, int64_t column, int64_t end) const {
@@ -104,7 +106,6 @@ template <class S, bool transposed> struct LinearProduct {
   int in_tiles() const {
     const int64_t most_rows = smaller(rows, kRowsTogether<E>), most_strips = (most_rows + kHeight<E> - 1) / kHeight<E>;
     const int64_t depth = elements_together<E>(most_rows, k), each = left_size<E>(depth), panel_size = right_size<E>(depth, columns);
-    const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
     Scratch<E> left(most_strips * each, threads), right(2 * panel_size, threads);
     Scratch<float> waiting(sums_size(most_strips, together * columns), threads);
     if (!left.ok() || !right.ok() || !waiting.ok()) return 1;
@@ -160,7 +161,6 @@ template <class S, bool transposed> struct LinearProduct {
 
   int in_vectors() const {
     const int64_t most_strips = (smaller(rows, kRowsTogether<E>) + kHeight<E> - 1) / kHeight<E>, each = left_size<E>(k);
-    const int64_t panels = (n + columns - 1) / columns, together = group_size(panels, threads, kMostPanels<E>), groups = (panels + together - 1) / together;
     Scratch<E> left(most_strips * each), right(right_size<E>(k, together * columns), threads);
     if (!left.ok() || !right.ok()) return 1;
 #pragma omp parallel num_threads(threads)
@@ -250,14 +250,7 @@ template <class S> static int linear_backward(const Linear* args) {
         for (int64_t v = 0; v < smaller(columns, n - column); v += lanes)
           store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
       };
-      if constexpr (kTiles<E>) {
-        multiply_rows(own, each, used, smaller(used * kHeight<E>, m - first), right.data, k, n, sums.of(omp_get_thread_num()), put);
-      } else {
-        for (int64_t s = 0; s < used; ++s)
-          multiply<Columns>(own + s * each, right.data, k, n, [&](const float* c, int64_t column, int64_t, int64_t from, int64_t to) {
-            for (int64_t i = from; i < smaller(to, m - first - s * kHeight<E>); ++i) put(s * kHeight<E> + i, c + i * columns, column);
-          });
-      }
+      multiply_rows(own, each, used, smaller(used * kHeight<E>, m - first), right.data, k, n, sums.of(omp_get_thread_num()), put);
     }
   }
   return 0;
