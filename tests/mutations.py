@@ -114,6 +114,8 @@ MUTANTS = [
     Mutant("cpu", "bound", CPU_GEMM, "const bool wide = columns > Lanes<T>::count;", "const bool wide = columns > kColumns<T>;", "the last panel is half as wide"),
     Mutant("cpu", "bound", CPU_GEMM, "kernels[n - column > columns / 2]", "kernels[n - column > columns]", "the last panel of several strips is half as wide (AMX)"),
     Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v)", "load(c + v)", "the last pass stands for all"),
+    Mutant("cpu", "index", CPU_LINEAR, "stream(to + v, sum)", "stream(to, sum)", "past the caches the second half of a panel goes over the first"),
+    Mutant("cpu", "bound", CPU_LINEAR, "large && n % lanes == 0 && ", "large && ", "rows of any length go past the caches"),
     Mutant("cpu", "mask", CPU_LINEAR, "start > 0 ? bias[s][i / lanes] + load(to, there) : bias[s][i / lanes]", "bias[s][i / lanes]",
            "the last pass stands for all in the bias"),
     Mutant("cpu", "index", CPU_LINEAR, "return weight + (first + r) * k + start;", "return weight + r * k + start;", "every job multiplies by the first columns"),

@@ -203,6 +203,8 @@ template <class S> static int linear_input(const Linear* args) { return LinearPr
 
 constexpr int64_t kDepth = 640;    // rows of the batch per pass, about: a strip and a panel of so many stay near the first-level cache
 
+constexpr int64_t kLargeGradient = 1 << 18;   // numbers from which a weight's gradient, which the optimiser reads after many others, goes past the caches
+
 //   grad_out x | grad_weight grad_bias (null: none)
 //
 // Rows are summed in their order, whatever the number of threads: threads divide the outputs.
@@ -217,6 +219,7 @@ template <class S> static int linear_backward(const Linear* args) {
   const int64_t passes = rows > kDepth ? (rows + kDepth - 1) / kDepth : 1, depth = round_up(rows / passes + 1, kBlock);
   const int64_t strips = (m + kHeight<E> - 1) / kHeight<E>, together = group_size(strips, threads, kMostStrips<E>);
   const int64_t groups = (strips + together - 1) / together;
+  const bool large = m * n >= kLargeGradient;
   const int64_t each = left_size<E>(depth);           // whole vectors are stored, so the last step of a strip writes past its end
   Scratch<E> right(right_size<E>(depth, n)), left(together * each, threads);
   Scratch<float> sums(kRowSums<E>, threads);
@@ -224,6 +227,7 @@ template <class S> static int linear_backward(const Linear* args) {
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start == 0 || start < rows; start += depth) {
     const int64_t k = smaller(depth, rows - start);
+    const bool past_caches = start + k >= rows && large && n % lanes == 0 && (uintptr_t)grad_weight % kBytes == 0;
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < (k + kBlock - 1) / kBlock; ++block)
       for (int64_t r = block * kBlock; r < smaller((block + 1) * kBlock, k); r += per) {
@@ -247,10 +251,14 @@ template <class S> static int linear_backward(const Linear* args) {
           }
       auto put = [&](int64_t r, const float* c, int64_t column) __attribute__((always_inline)) {
         float* to = grad_weight + (first + r) * n + column;
-        for (int64_t v = 0; v < smaller(columns, n - column); v += lanes)
-          store(to + v, start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v), n - column - v);
+        for (int64_t v = 0; v < smaller(columns, n - column); v += lanes) {
+          const auto sum = start > 0 ? load(c + v) + load(to + v, n - column - v) : load(c + v);
+          if (past_caches) stream(to + v, sum);
+          else store(to + v, sum, n - column - v);
+        }
       };
       multiply_rows(own, each, used, smaller(used * kHeight<E>, m - first), right.data, k, n, sums.of(omp_get_thread_num()), put);
+      if (past_caches) streamed();
     }
   }
   return 0;

@@ -157,6 +157,19 @@ template <class S> INLINE void store(S* p, Vector<Compute<S>> value, int64_t n) 
 #endif
 }
 
+// A whole vector, its place aligned, past the caches: what is read much later need not come into them before it is written, nor drive out the rest.
+// streamed() afterwards: then all threads see it.
+#if defined(ADA2I_MASKS)
+INLINE void stream(float* p, Vector<float> value) { _mm512_stream_ps(p, (__m512)value); }
+INLINE void streamed() { _mm_sfence(); }
+#elif defined(__AVX2__)
+INLINE void stream(float* p, Vector<float> value) { _mm256_stream_ps(p, (__m256)value); }
+INLINE void streamed() { _mm_sfence(); }
+#else
+INLINE void stream(float* p, Vector<float> value) { store(p, value); }
+INLINE void streamed() {}
+#endif
+
 // Signed bytes. GCC converts them one by one where it is not told the instructions.
 #if defined(__AVX2__)
 #if defined(ADA2I_MASKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -208,6 +209,32 @@ def test_parameters_against_float64(tier, sizes, dtype, monkeypatch):
         assert (got - e).abs().max() <= 2 * (u - e).abs().max() + floor
     alone, = native(grad, x, False)
     assert torch.equal(alone, found[0])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])
+@pytest.mark.parametrize("sizes", [(70, 528, 500), (1300, 512, 513), (30, 530, 500)])
+def test_large_gradients_past_the_caches(tier, sizes, dtype, monkeypatch):
+    """Aligned, and large enough, they go there by other instructions, unless their rows are not: the same numbers as elsewhere, all of them, and nothing
+    beside."""
+    grad, x = gradients(*sizes, dtype)
+    found = {}
+    for offset in (16, 15):
+        kept = []
+
+        def fenced(t, shape, dtype):
+            size = math.prod(shape if isinstance(shape, tuple) else (shape,))
+            whole = torch.full((size + 64,), float("nan"), dtype=dtype)
+            start = offset + -whole.data_ptr() % 64 // 4
+            kept.append((whole, start, size))
+            return whole[start:start + size].view(shape)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", fenced)
+            found[offset] = native(grad, x)
+        for whole, start, size in kept:
+            assert int(whole.isnan().sum()) == 64 and whole[:start].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(found[16], found[15], strict=True))
 
 
 @needs_native
