@@ -14,18 +14,22 @@ why_not = up_to_float32
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("dtype", "threads", "rows", "inputs", "outputs")), ("tensors", ctypes.c_void_p)]
+    _fields_ = [*((name, ctypes.c_int64) for name in ("dtype", "threads", "rows", "inputs", "outputs", "relu", "stream")),
+                ("dropout", ctypes.c_double), ("seed", ctypes.c_void_p), ("tensors", ctypes.c_void_p)]
 
 
-def _call(name: str, x: Tensor, rows: int, inputs: int, outputs: int, tensors: Sequence[Tensor | None]) -> None:
+def _call(name: str, x: Tensor, rows: int, inputs: int, outputs: int, tensors: Sequence[Tensor | None], relu: bool = False, p: float = 0.0,
+          seed: Tensor | None = None, stream: int = 0) -> None:
     addresses = pointers(tensors)
-    call(name, _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, ctypes.addressof(addresses)), addresses, tensors)
+    call(name, _Arguments(DTYPES[x.dtype], torch.get_num_threads(), rows, inputs, outputs, relu, stream, p, seed.data_ptr() if p else None,
+                          ctypes.addressof(addresses)), addresses, seed, tensors)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, p: float = 0.0, seed: Tensor | None = None, stream: int = 0) -> Tensor:
+    """relu: max(0, .) of it, and then the dropout of `dropout.relu_forward`, which the last three are as in."""
     x, weight, *bias = contiguous([x, weight] if bias is None else [x, weight, bias])[0]
     out = x.new_empty(x.shape[0], weight.shape[0])
-    _call("ada2i_linear_forward", x, x.shape[0], *weight.shape[::-1], (x, weight, *(bias or [None]), out))
+    _call("ada2i_linear_forward", x, x.shape[0], *weight.shape[::-1], (x, weight, *(bias or [None]), out), relu, p, seed, stream)
     return out
 
 

@@ -30,13 +30,50 @@ from torch.nn import functional as F
 from .. import backends, cpu
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
-from .linear import KEPT, branch, linear, product_backward, product_forward
+from .linear import KEPT, branch, linear, product_backward, product_dtype, product_forward, product_relu_dropout
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
 # Multiply-adds of W_qkv from which a layer is taken op by op: what a node saves is less than 1 % of its time then, and a node holds all that it
 # makes until it ends, the gradients of its weights among it, which could be added to what they accumulate in one by one.
 _LARGE = 1 << 29
+
+
+class _Inner(torch.autograd.Function):
+    """`_inner` as one node, without registered ops."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, p, seed, stream, dtype, backend):
+        inner, kept = product_relu_dropout(x, weight, bias, p, seed, stream, dtype, backend)
+        ctx.settings = (p, stream, dtype, backend)
+        ctx.save_for_backward(seed, bias, inner, *kept)
+        return inner
+
+    @staticmethod
+    def backward(ctx, grad):
+        seed, bias, inner, *kept = ctx.saved_tensors
+        p, stream, dtype, backend = ctx.settings
+        device = grad.device.type
+        if torch.is_grad_enabled():                             # create_graph=True
+            mixed = dtype != torch.float32
+            with torch.autocast(device, dtype if mixed else None, enabled=mixed):
+                grads = gradients_through(
+                    lambda *t: [relu_dropout(linear(*t[:2]), t[2], p=p, seed=seed, stream=stream, backend=backend)], (*kept[:2], bias), [grad])
+        else:
+            with torch.autocast(device, enabled=False):
+                g, grad_bias = backends.module("dropout", backend).relu_backward(grad, inner, p)
+                grads = [*product_backward(g, kept, *ctx.needs_input_grad[:2], False, None)[:2], grad_bias.to(bias.dtype)]
+        return *grads, None, None, None, None, None
+
+
+def _inner(x: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream: int, product: str, backend: str) -> Tensor:
+    """drop(max(0, x W^T + b)), on a CPU in one pass where the product is this package's own. product, backend: those of its parts."""
+    dtype = product_dtype(x, weight, None) if product != "torch" and backend == "cpu" and backends.eager((x, weight, bias)) else None
+    if dtype is None:
+        return relu_dropout(linear(x, weight, backend=product), bias, p=p, seed=seed, stream=stream, backend=backend)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _Inner.apply(x, weight, bias, p, seed, stream, dtype, backend)
+    return product_relu_dropout(x, weight, bias, p, seed, stream, dtype, backend)[0]
 
 
 def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequence[Tensor], heads: int, p: float, eps: Sequence[float],
@@ -55,7 +92,7 @@ def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequ
     fused = dict(p=p, seed=seed, backend=dropout)
     y = dropout_residual_norm(linear(mixed, out_weight, backend=product), out_bias, x, norm1_weight, norm1_bias, eps=eps[0], stream=stream,
                               **fused)
-    inner = relu_dropout(linear(y, weight1, backend=product), bias1, stream=stream + 1, **fused)
+    inner = _inner(y, weight1, bias1, p, seed, stream + 1, product, dropout)
     return dropout_residual_norm(linear(inner, weight2, backend=product), bias2, y, norm2_weight, norm2_bias, eps=eps[1], stream=stream + 2,
                                  **fused)
 
@@ -82,8 +119,7 @@ def _forward(x, parameters, where, heads, p, eps, seed, stream, dtype, backend, 
     stream += heads
     outer, kept_out = product_forward(mixed, out_weight, None, False, dtype, (None, own[2], None))
     y, mean1, rstd1, *rounded = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream, **twice)
-    inner, kept_1 = product_forward(y, weight1, None, False, dtype, (rounded[0] if rounded else None, own[3], None))
-    inner = fused.relu_forward(inner, bias1, p, seed, stream + 1)
+    inner, kept_1 = product_relu_dropout(y, weight1, bias1, p, seed, stream + 1, dtype, backend, (rounded[0] if rounded else None, own[3]))
     last, kept_2 = product_forward(inner, weight2, None, False, dtype, (None, own[4], None))
     z, mean2, rstd2, *rounded = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2, **twice)
     return z, rounded[0] if rounded else None, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, mean1, rstd1, *kept_1, inner, *kept_2, last,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["KEPT", "branch", "linear", "product_backward", "product_forward"]
+__all__ = ["KEPT", "branch", "linear", "product_backward", "product_dtype", "product_forward", "product_relu_dropout"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -70,8 +70,8 @@ def _mkl(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     return _relu(F.linear(x, weight, bias), relu)
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return _relu(backends.module("linear", "cpu").forward(x, weight, bias), relu)
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *dropout) -> Tensor:
+    return backends.module("linear", "cpu").forward(x, weight, bias, relu, *dropout)
 
 
 def _relu(y: Tensor, relu: bool) -> Tensor:
@@ -263,6 +263,22 @@ def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
 
 
+def product_relu_dropout(x: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream: int, dtype: torch.dtype, backend: str,
+                         rounded: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """`dropout.relu_dropout` of `linear`, and what `product_forward` keeps: one pass where the product is this package's own, and the same numbers, but
+    for 16 bits, to which the sum is rounded without its bias where it is not. backend: of the dropout. rounded: x and weight in `dtype`."""
+    rounded_x, rounded_weight = rounded
+    rounded_x = cpu.cast(x, dtype) if rounded_x is None else rounded_x
+    if not x.is_cuda:
+        if not (itself := _packs_itself(rounded_x, weight)):
+            rounded_weight = cpu.cast(weight, dtype) if rounded_weight is None else rounded_weight
+        if itself or _choose("forward", rounded_x, rounded_weight) == "native":
+            inner = _native(rounded_x, weight if itself else rounded_weight, cpu.cast(bias, torch.float32), True, p, seed, stream)
+            return inner, (x, weight, rounded_x, rounded_weight, None)
+    y, kept = product_forward(x, weight, None, False, dtype, (rounded_x, rounded_weight, None))
+    return backends.module("dropout", backend).relu_forward(y, bias, p, seed, stream), kept
+
+
 Branch = Callable[..., Tensor]          # calls its first argument with the others, which are tensors
 
 
@@ -358,8 +374,8 @@ class _Linear(torch.autograd.Function):
             return *product_backward(grad, ctx.saved_tensors, *ctx.needs_input_grad[:3], ctx.bias_dtype), None, None
 
 
-def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """That of the products; None where plain `F.linear` serves."""
+def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """That of the products of `linear`; None where plain `F.linear` serves."""
     device = x.device.type
     if not backends.eager((x, weight)) or x.dim() != 2 or x.numel() == 0 or weight.numel() == 0 or \
             not (device == "cpu" or device == "cuda" and torch.version.cuda):
@@ -376,7 +392,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     backend: "torch" is plain `F.linear`; "auto" and the others take the fastest library of the tensors' device. Under autocast
     the result has autocast's dtype.
     """
-    dtype = None if backend == "torch" else _dtype(x, weight, bias)
+    dtype = None if backend == "torch" else product_dtype(x, weight, bias)
     if dtype is None:
         if not torch.compiler.is_compiling():
             cpu.flush()

@@ -60,7 +60,9 @@ struct DropoutFused {
 
 // y = x W^T + b. x and grad_x [rows, inputs], y and grad_out [rows, outputs] are of the storage type, the parameters and their gradients float.
 struct Linear {
-  int64_t dtype, threads, rows, inputs, outputs;
+  int64_t dtype, threads, rows, inputs, outputs, relu, stream;
+  double dropout;           // forward: relu and dropout as in DropoutFused's relu_dropout; its seed
+  const int64_t* seed;
   //   forward   x weight bias(null: none) | y
   //   input     grad_out weight added(null: none; may be grad_x) | grad_x
   //   backward  grad_out x | grad_weight grad_bias(null: none)

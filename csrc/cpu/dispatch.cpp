@@ -93,7 +93,7 @@ const Ada2iTier* chosen() {
 // Names of the tiers that can run here, best first; null past the end.
 ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) { return available()[index] ? available()[index]->name : nullptr; }
 // Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
-ADA2I_EXPORT int ada2i_cpu_abi_version() { return 6; }
+ADA2I_EXPORT int ada2i_cpu_abi_version() { return 7; }
 
 ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 

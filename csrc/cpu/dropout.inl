@@ -24,7 +24,8 @@ struct Mask {
   uint32_t stream, threshold;
   float kept;
   bool used;
-  explicit Mask(const DropoutFused* a)
+  template <class Args>
+  explicit Mask(const Args* a)
       : seed(a->dropout > 0 ? uint64_t(*a->seed) : 0), stream(uint32_t(a->stream)), threshold(dropout_threshold(a->dropout)),
         kept(float(1.0 / (1.0 - a->dropout))), used(a->dropout > 0) {}
 };

@@ -42,7 +42,7 @@ template <class F, class G> struct BesideRenewing : Beside<F> {
 
 //   x weight more (null: none) | out
 //
-// transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float; else out = x W + more for x [rows, outputs] and out and
+// transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float, and with `relu` the relu_dropout of that; else out = x W + more for x [rows, outputs] and out and
 // more [rows, inputs], which may be one.
 template <class S, bool transposed> struct LinearProduct {
   using E = Packed<S>;
@@ -53,24 +53,33 @@ template <class S, bool transposed> struct LinearProduct {
   const float *weight, *bias;
   const S* added;
   S* out;
+  const bool relu;
+  const Mask mask;
   const int threads;
   const int64_t together, groups;                       // panels in a job, and jobs
 
   explicit LinearProduct(const Linear* args)
       : rows(args->rows), k(transposed ? args->inputs : args->outputs), n(transposed ? args->outputs : args->inputs), x((const S*)args->tensors[0]),
         weight((const float*)args->tensors[1]), bias(transposed ? (const float*)args->tensors[2] : nullptr),
-        added(transposed ? nullptr : (const S*)args->tensors[2]), out((S*)args->tensors[3]),
+        added(transposed ? nullptr : (const S*)args->tensors[2]), out((S*)args->tensors[3]), relu(transposed && args->relu), mask(args),
         threads(useful_threads(args->threads, args->rows * args->inputs * args->outputs)),
         together(group_size((n + columns - 1) / columns, threads, kMostPanels<E>)), groups(((n + columns - 1) / columns + together - 1) / together) {}
 
   // Sums of a row from `column` on, those before `end`.
   ALWAYS_INLINE void put(int64_t row, const float* c, int64_t column, int64_t end) const {
+    static_assert(kWords == columns, "one draw serves the columns of a panel");
     const int64_t at = row * n + column;
+    uint32_t words[kWords];
+    if (relu && mask.used) philox(mask.seed, row, mask.stream, column, words);
     for (int64_t v = 0; v < smaller(columns, end - column); v += lanes) {
       const int64_t there = end - column - v;
       auto value = load(c + v);
       if (bias) value += load(bias + column + v, there);
       if (added) value += load(added + at + v, there);
+      if (relu) {
+        value = value < 0 ? Vector<float>{} : value;
+        if (mask.used) value = keep(value, words + v, mask.threshold, mask.kept);
+      }
       store(out + at + v, value, there);
     }
   }

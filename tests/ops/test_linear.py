@@ -371,6 +371,29 @@ def test_products_with_the_weight(tier, sizes, dtype, monkeypatch):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", UP_TO_FLOAT)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 30, 20), (33, 257, 65), (600, 40, 301)])
+def test_relu_and_dropout_in_the_product(tier, sizes, p, dtype):
+    """In float32 the numbers of `relu_dropout` to the bit; in 16 bits its mask, and a rounding less: at most one from where float32 ends up."""
+    x, w, b, _ = weighed(*sizes, dtype)
+    module, dropout = (importlib.import_module(f"ada2i_fast.cpu.{name}") for name in ("linear", "dropout"))
+    seed = torch.tensor([2 ** 40 + 3])
+    for stream in (0, 5):
+        got = module.forward(x, w, b, True, p, seed, stream)
+        alone = dropout.relu_forward(module.forward(x, w, None), b, p, seed, stream)
+        if dtype == torch.float32:
+            assert torch.equal(got, alone)
+            continue
+        rounded = w.to(dtype).float() if dtype == torch.bfloat16 and cpu.tier() in cpu.BF16_TIERS else w
+        e = dropout.relu_forward(module.forward(x.float(), rounded, None), b, p, seed, stream)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), e, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    x[0, 0] = float("nan")
+    assert module.forward(x, w, b, True)[0].isnan().all()
+
+
+@needs_native
 def test_floats_keep_all_their_bits(tier):
     """A permutation leaves every number as it is, of any size, on either side; powers of two that cancel out change nothing."""
     g = torch.Generator().manual_seed(0)
