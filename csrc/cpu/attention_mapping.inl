@@ -48,13 +48,13 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
 #pragma omp parallel num_threads(threads)
   {
     E* tile_left = left.of(omp_get_thread_num());
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * panels; ++job) {
       const int64_t j = job / panels, column = job % panels * kColumns<T>, D = args->widths[j];
       const S* weight = (const S*)t[2 * M + j];
       if (column < D) pack_transposed(phi.data[j], [&](int64_t r) { return weight + r * D; }, D, D, column);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
@@ -111,13 +111,13 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
     float* tile_sums = waiting.of(omp_get_thread_num());
     E* own_x = chunk.of(kTiles<E> ? omp_get_thread_num() : 0);
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
       const S* weight = (const S*)t[2 * M + j];
       for (int64_t k = first; k < smaller(first + kBlock, D); k += per) pack_weight_rows(phi.data[j], weight, D, D, k);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const T factor = T(args->coefficient[j] * gradient);

@@ -1,5 +1,7 @@
 // Tensor-ring attention, gate and dropout of one AFW layer; mathematics and names in ada2i_fast/ops/tensor_ring.py.
 // R-vectors are padded with zeros to whole vectors (`padded`), R x R matrices have rows of that length.
+// Loops over rows and over dialogues are divided the same way each time, in halves for two threads: then a thread finds in its own cache what it
+// left there, x and what a pass over it gave.
 
 constexpr int kMaxRank = 32;
 
@@ -193,7 +195,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     E* tile_left = left.of(omp_get_thread_num());
     T* target_rows = tile_target.of(omp_get_thread_num());
     T* outer_row = outer.of(omp_get_thread_num());
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * panels; ++job) {
       const int64_t j = job / panels, panel = job % panels, wide = panel - projection_panels, D = args->widths[j];
       const int64_t column = wide % wide_panels * kColumns<T>;
@@ -206,7 +208,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     }
 
     // q1 q2 k1 k2
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
@@ -221,7 +223,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     }
 
     // A_j[b], then C_j[b]
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * B; ++job) {
       const int64_t j = job / B, b = job % B;
       alignas(64) T mean[kMaxRank * kMaxRank];
@@ -233,12 +235,12 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         for (int64_t d = 0; d < R; d += lanes) store(A + i * R + d, load(mean + i * ring.padded + d), R - d);
     }
     if (M > 1) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, saved.data + M);
     }
 
     // the bilinear map, whose left operand u w^T is made here, and the gate; then the loss, while its target is in cache
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
@@ -369,7 +371,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     T* S_rows = sums.of(omp_get_thread_num());
     T* mapping_rows = tile_mapping.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t job = 0; job < M * blocks; ++job) {
       const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
       auto projections = [&](int64_t r) { return r < 4 * R ? (const P*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D : nullptr; };
@@ -380,14 +382,14 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
       }
     }
     if (M > 1) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t job = 0; job < M * B; ++job) ring.contract(job / B, job % B, t + MEAN * M);
     }
 
     // g_att and the direct part of g_x, with the loss's; then S = g_att W, contracted with w and u while it is in cache
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
       const int64_t here = smaller(kChunk, rows - start), passed = (here + kHeight<E> - 1) / kHeight<E>;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t job = 0; job < M * passed; ++job) {
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
@@ -453,7 +455,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
 
     // g_A, through the product rule around the ring
     if (M > 1) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t job = 0; job < M * B; ++job) {
         const int64_t j = job / B, b = job % B;
         ring.outer_sum(b, scale, g_C.data + job * matrix, [&](int64_t n, T* v, T* gw) {
@@ -462,7 +464,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           __builtin_memcpy(gw, row_of(g_w, j, n), size_t(padded) * sizeof(T));
         });
       }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t b = 0; b < B; ++b) {
         auto at = [&](int64_t j) { return g_A.data + (j * B + b) * 2 * matrix; };
         for (int64_t j = 0; j < M; ++j)
@@ -497,7 +499,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     // gradients of u, v and the projections; the indirect part of g_x
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
       const int64_t here = smaller(kChunk, rows - start), passed = (here + kHeight<E> - 1) / kHeight<E>;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
       for (int64_t job = 0; job < M * passed; ++job) {
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
