@@ -14,7 +14,8 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
 
 A layer is one node of the graph that calls the backend without registered ops between, on a CPU one that is not large: the same numbers, on
 a CPU to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic. On a CPU the library's
-calls of all layers, and those of one layer's gradients, happen `together` as far as they can. On CUDA a layer's weights are rounded for
+calls of all layers, and those of one layer's gradients, happen `together` as far as they can, and the inner product with its ReLU and dropout is
+one pass where it is the library's own, in bf16 with a rounding less than the ops of these names. On CUDA a layer's weights are rounded for
 autocast by one launch, LayerNorm writes its result rounded too, for the product that follows, and the gradients of weights are a `branch`.
 """
 
@@ -60,8 +61,10 @@ class _Inner(torch.autograd.Function):
                 grads = gradients_through(
                     lambda *t: [relu_dropout(linear(*t[:2]), t[2], p=p, seed=seed, stream=stream, backend=backend)], (*kept[:2], bias), [grad])
         else:
+            ctx.maybe_clear_saved_tensors()                     # unless retain_graph: the result is not needed while the product's gradients are made
             with torch.autocast(device, enabled=False):
                 g, grad_bias = backends.module("dropout", backend).relu_backward(grad, inner, p)
+                del inner
                 grads = [*product_backward(g, kept, *ctx.needs_input_grad[:2], False, None)[:2], grad_bias.to(bias.dtype)]
         return *grads, None, None, None, None, None
 

@@ -7,7 +7,8 @@ On a CPU torch sends float32 products to MKL, and has oneDNN too; this package h
 the processor, so each product (forward, g_x and g_W) is timed once per process, shape and number of threads, with the tensors at hand, and
 the winner kept. ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is
 missing or fails, "auto" goes without. The package's own float32 products come into question where the tier multiplies floats in AMX tiles,
-as sums of three bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN.
+as sums of three bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN. They take ReLU
+and dropout along (`product_relu_dropout`), and write large g_W past the caches: the optimiser reads it much later.
 
 Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_b come out in the parameters' dtype, g_x in that of x. torch
 has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W

@@ -42,8 +42,8 @@ template <class F, class G> struct BesideRenewing : Beside<F> {
 
 //   x weight more (null: none) | out
 //
-// transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float, and with `relu` the relu_dropout of that; else out = x W + more for x [rows, outputs] and out and
-// more [rows, inputs], which may be one.
+// transposed: out = x W^T + more for W [outputs, inputs] and more [outputs] in float, and with `relu` the relu_dropout of that. Else out =
+// x W + more for x [rows, outputs] and out and more [rows, inputs], which may be one.
 template <class S, bool transposed> struct LinearProduct {
   using E = Packed<S>;
   static constexpr int per = Step<E>::elements, lanes = Lanes<float>::count, columns = kColumns<float>;
