@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .. import backends, cpu
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
-from .linear import KEPT, branch, linear, product_backward, product_dtype, product_forward, product_relu_dropout
+from .linear import KEPT, branch, linear, product_backward, product_dtype, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
@@ -40,12 +40,18 @@ __all__ = ["encoder_layer", "encoder_layers"]
 _LARGE = 1 << 29
 
 
+def _as_forward(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Autocast as it was where products were in this dtype."""
+    mixed = dtype != torch.float32
+    return torch.autocast(device, dtype if mixed else None, enabled=mixed)
+
+
 class _Inner(torch.autograd.Function):
     """`_inner` as one node, without registered ops."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, p, seed, stream, dtype, backend):
-        inner, kept = product_relu_dropout(x, weight, bias, p, seed, stream, dtype, backend)
+        inner, kept = product_forward(x, weight, bias, False, dtype, dropout=(p, seed, stream, backend))
         ctx.settings = (p, stream, dtype, backend)
         ctx.save_for_backward(seed, bias, inner, *kept)
         return inner
@@ -56,8 +62,7 @@ class _Inner(torch.autograd.Function):
         p, stream, dtype, backend = ctx.settings
         device = grad.device.type
         if torch.is_grad_enabled():                             # create_graph=True
-            mixed = dtype != torch.float32
-            with torch.autocast(device, dtype if mixed else None, enabled=mixed):
+            with _as_forward(device, dtype):
                 grads = gradients_through(
                     lambda *t: [relu_dropout(linear(*t[:2]), t[2], p=p, seed=seed, stream=stream, backend=backend)], (*kept[:2], bias), [grad])
         else:
@@ -76,7 +81,7 @@ def _inner(x: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | Non
         return relu_dropout(linear(x, weight, backend=product), bias, p=p, seed=seed, stream=stream, backend=backend)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _Inner.apply(x, weight, bias, p, seed, stream, dtype, backend)
-    return product_relu_dropout(x, weight, bias, p, seed, stream, dtype, backend)[0]
+    return product_forward(x, weight, bias, False, dtype, dropout=(p, seed, stream, backend))[0]
 
 
 def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequence[Tensor], heads: int, p: float, eps: Sequence[float],
@@ -122,7 +127,7 @@ def _forward(x, parameters, where, heads, p, eps, seed, stream, dtype, backend, 
     stream += heads
     outer, kept_out = product_forward(mixed, out_weight, None, False, dtype, (None, own[2], None))
     y, mean1, rstd1, *rounded = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream, **twice)
-    inner, kept_1 = product_relu_dropout(y, weight1, bias1, p, seed, stream + 1, dtype, backend, (rounded[0] if rounded else None, own[3]))
+    inner, kept_1 = product_forward(y, weight1, bias1, False, dtype, (rounded[0] if rounded else None, own[3], None), (p, seed, stream + 1, backend))
     last, kept_2 = product_forward(inner, weight2, None, False, dtype, (None, own[4], None))
     z, mean2, rstd2, *rounded = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2, **twice)
     return z, rounded[0] if rounded else None, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, mean1, rstd1, *kept_1, inner, *kept_2, last,
@@ -185,8 +190,7 @@ class _EncoderLayer(torch.autograd.Function):
         lengths, where, heads, p, eps, seed, stream, dtype, backend = ctx.settings
         saved, device = [*ctx.saved_tensors], grad.device
         if torch.is_grad_enabled():                             # create_graph=True: a backend has no derivative, the ops have all
-            mixed = dtype != torch.float32
-            with torch.autocast(device.type, dtype if mixed else None, enabled=mixed):
+            with _as_forward(device.type, dtype):
                 return None, None, None, *gradients_through(
                     lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto")], saved[:13], [grad])
         ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved

@@ -8,7 +8,7 @@ the processor, so each product (forward, g_x and g_W) is timed once per process,
 the winner kept. ADA2I_FAST_LINEAR = "mkl" | "onednn" | "native" | "auto" decides by name. oneDNN's entry in torch is private: where it is
 missing or fails, "auto" goes without. The package's own float32 products come into question where the tier multiplies floats in AMX tiles,
 as sums of three bf16 with all of a float's bits (csrc/cpu/gemm.inl); numbers below 1e-38 count as 0 there, and infinities give NaN. They take ReLU
-and dropout along (`product_relu_dropout`), and write large g_W past the caches: the optimiser reads it much later.
+and dropout along, and write large g_W past the caches: the optimiser reads it much later.
 
 Under autocast to bfloat16 or float16 the products run in that dtype; g_W and g_b come out in the parameters' dtype, g_x in that of x. torch
 has oneDNN for them: x and W are rounded once per call and the rounded ones kept for backward, so a weight is cast once per step, and g_W
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["KEPT", "branch", "linear", "product_backward", "product_dtype", "product_forward", "product_relu_dropout"]
+__all__ = ["KEPT", "branch", "linear", "product_backward", "product_dtype", "product_forward"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -113,12 +113,12 @@ def _gradient(kind: str, grad: Tensor, other: Tensor, into: Tensor | None = None
         # As `_product` has it in the end, without the transposes that it begins with: they take as long as a small product.
         cpu.flush()
         found = grad.mm(other) if kind == "input" else grad.t().mm(other)
-    elif kind == "weight":
-        found = _product(kind, grad.t(), other.t())
-    elif into is not None and into.dtype == grad.dtype and into.is_contiguous() and _choose(kind, grad, other.t()) == "native":
-        return backends.module("linear", "cpu").input_gradient(grad, other, into)
     else:
-        found = _product(kind, grad, other.t())
+        x, weight = grad if kind == "input" else grad.t(), other.t()
+        library = _choose(kind, x, weight)
+        if library == "native" and into is not None and into.dtype == grad.dtype and into.is_contiguous():
+            return backends.module("linear", "cpu").input_gradient(grad, other, into)
+        found = _product(kind, library, x, weight)
     return _add(into, found)
 
 
@@ -129,9 +129,8 @@ def _add(into: Tensor | None, found: Tensor) -> Tensor:
     return into.add_(found)
 
 
-def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x W^T (+ bias, ReLU) by the library that is fastest for this kind of product at this size."""
-    library = _choose(kind, x, weight, bias, relu)
+def _product(kind: str, library: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x W^T (+ bias, ReLU) by a library, the one that `_choose` finds fastest for this kind of product at this size."""
     if library == "onednn":
         x, weight = (t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight))
     return _RUN[kind][library](x, weight, bias, relu)
@@ -247,37 +246,33 @@ KEPT = 5                         # what `product_forward` keeps, as flat as auto
 
 
 def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, dtype: torch.dtype,
-                    rounded: Sequence[Tensor | None] = (None, None, None)) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+                    rounded: Sequence[Tensor | None] = (None, None, None),
+                    dropout: tuple[float, Tensor | None, int, str] | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """`linear` where a library serves, computed in `dtype`: y, and KEPT tensors (or None) for `product_backward` alone to read. rounded: x,
-    weight and bias in `dtype`, where somebody has them already."""
+    weight and bias in `dtype`, where somebody has them already. dropout: p, seed, stream and backend of `dropout.relu_dropout`, which then y is of
+    x W^T and the bias, without `relu`: in one pass where the product is this package's own, and the same numbers, but for 16 bits, to which
+    elsewhere the sum is rounded without its bias."""
     rounded_x, rounded_weight, rounded_bias = rounded
     rounded_x = cpu.cast(x, dtype) if rounded_x is None else rounded_x
-    if _packs_itself(rounded_x, weight):
-        y = _native(rounded_x, weight, None if bias is None else cpu.cast(bias, weight.dtype), relu)
-        return y, (x, weight, rounded_x, None, y if relu else None)
-    rounded_weight = cpu.cast(weight, dtype) if rounded_weight is None else rounded_weight
-    rounded_bias = cpu.cast(bias, dtype) if rounded_bias is None and bias is not None else rounded_bias
-    if x.is_cuda:
-        y = _relu(F.linear(rounded_x, rounded_weight, rounded_bias), relu)
+    if itself := _packs_itself(rounded_x, weight):
+        library, rounded_weight = "native", None
     else:
-        y = _product("forward", rounded_x, rounded_weight, rounded_bias, relu)
+        rounded_weight = cpu.cast(weight, dtype) if rounded_weight is None else rounded_weight
+        if rounded_bias is None and bias is not None and dropout is None:
+            rounded_bias = cpu.cast(bias, dtype)
+        library = None if x.is_cuda else _choose("forward", rounded_x, rounded_weight, rounded_bias, relu)
+    if library == "native":
+        y = _native(rounded_x, weight if itself else rounded_weight, None if bias is None else cpu.cast(bias, torch.float32),
+                    relu or dropout is not None, *(dropout or ())[:3])
+    else:
+        if library is None:
+            y = _relu(F.linear(rounded_x, rounded_weight, rounded_bias), relu)
+        else:
+            y = _product("forward", library, rounded_x, rounded_weight, rounded_bias, relu)
+        if dropout is not None:
+            *settings, backend = dropout
+            y = backends.module("dropout", backend).relu_forward(y, bias, *settings)
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
-
-
-def product_relu_dropout(x: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | None, stream: int, dtype: torch.dtype, backend: str,
-                         rounded: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """`dropout.relu_dropout` of `linear`, and what `product_forward` keeps: one pass where the product is this package's own, and the same numbers, but
-    for 16 bits, to which the sum is rounded without its bias where it is not. backend: of the dropout. rounded: x and weight in `dtype`."""
-    rounded_x, rounded_weight = rounded
-    rounded_x = cpu.cast(x, dtype) if rounded_x is None else rounded_x
-    if not x.is_cuda:
-        if not (itself := _packs_itself(rounded_x, weight)):
-            rounded_weight = cpu.cast(weight, dtype) if rounded_weight is None else rounded_weight
-        if itself or _choose("forward", rounded_x, rounded_weight) == "native":
-            inner = _native(rounded_x, weight if itself else rounded_weight, cpu.cast(bias, torch.float32), True, p, seed, stream)
-            return inner, (x, weight, rounded_x, rounded_weight, None)
-    y, kept = product_forward(x, weight, None, False, dtype, (rounded_x, rounded_weight, None))
-    return backends.module("dropout", backend).relu_forward(y, bias, p, seed, stream), kept
 
 
 Branch = Callable[..., Tensor]          # calls its first argument with the others, which are tensors
