@@ -1,21 +1,31 @@
 // The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) never leaves the first-level cache.
 
-// The part of one tile: packed x times phi, against target(i, d), the vector of the target's row i at d. Signs go to sign [height][D].
-template <class S, class P, class F>
-INLINE Compute<S> mapping_tile(const Packed<S>* left, const Packed<S>* phi, const P* bias, int64_t D, int64_t height, int8_t* sign, F target) {
+// What a tile adds to the loss: its sums Phi x against target(i, d, n), the vector of the target's row i at d, of which n are left. Signs go to
+// sign [height][D].
+template <class S, class P> struct MappingTile {
   using T = Compute<S>;
-  constexpr int lanes = Lanes<T>::count;
+  const P* bias;
+  int64_t D;
+  int8_t* sign;
   Vector<T> total = {};
-  multiply<Strips>(left, phi, D, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
-    for (int64_t i = from; i < smaller(to, height); ++i)
-      for (int64_t v = 0; v < columns; v += lanes) {
-        const int64_t n = smaller(lanes, columns - v), d = column + v;
-        auto difference = load(c + i * kColumns<T> + v, n) + load(bias + d, n) - target(i, d, n);
-        total += absolute<T>(difference);
-        store_signs<T>(sign + i * D + d, difference, n);
-      }
+
+  // `columns` of row i from d on, whose sums lie at c.
+  template <class F> ALWAYS_INLINE void add(int64_t i, int64_t d, int64_t columns, const T* c, F target) {
+    constexpr int lanes = Lanes<T>::count;
+    for (int64_t v = 0; v < columns; v += lanes) {
+      const int64_t n = smaller(lanes, columns - v);
+      auto difference = load(c + v, n) + load(bias + d + v, n) - target(i, d + v, n);
+      total += absolute<T>(difference);
+      store_signs<T>(sign + i * D + d + v, difference, n);
+    }
+  }
+};
+// All of it, from packed x and phi.
+template <class S, class P, class F>
+INLINE void mapping_tile(MappingTile<S, P>& tile, const Packed<S>* left, const Packed<S>* phi, int64_t height, F target) {
+  multiply<Strips>(left, phi, tile.D, tile.D, [&](const Compute<S>* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+    for (int64_t i = from; i < smaller(to, height); ++i) tile.add(i, column, columns, c + i * kColumns<Compute<S>>, target);
   });
-  return sum<T>(total);
 }
 
 // partial[j][tile], weighted.
@@ -59,11 +69,10 @@ template <class S> static int attention_mapping_forward(const AttentionMapping* 
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
       const S* x = (const S*)t[j] + first * D;
       const S* target = (const S*)t[M + j] + first * D;
-      const S* bias = (const S*)t[3 * M + j];
-      int8_t* sign = (int8_t*)t[4 * M + j] + first * D;
+      MappingTile<S, S> tile{(const S*)t[3 * M + j], D, (int8_t*)t[4 * M + j] + first * D};
       pack_left_rows(tile_left, x, D, D, height);
-      partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], bias, D, height, sign,
-                                       [&](int i, int64_t d, int64_t n) { return load(target + i * D + d, n); });
+      mapping_tile(tile, tile_left, phi.data[j], height, [&](int64_t i, int64_t d, int64_t n) { return load(target + i * D + d, n); });
+      partial.data[job] = sum<T>(tile.total);
     }
   }
   *(T*)args->loss = T(mapping_total(args->coefficient, partial.data, M, tiles));

@@ -131,6 +131,7 @@ template <class F> struct Beside {
   ALWAYS_INLINE void served(int64_t) {}
 };
 template <class L, class E> constexpr int kFours = Step<L>::parts == 3 ? 6 : Step<E>::parts;   // in kStepBlock steps
+template <class L, class E> constexpr bool kBesideTiles = kTiles<E> && kFours<L, E> > 1;       // bf16 leaves tiles too little time
 constexpr int64_t kTile = 32 * 32;
 template <class E> constexpr int64_t kPart = Step<E>::parts == 3 ? 64 : 128;               // steps whose panel stays in the first-level cache
 
@@ -263,12 +264,11 @@ template <class Layout, class L, class E, class F>
 INLINE void multiply(const L* left, const E* right, int64_t k, int64_t n, F consume) {
   using T = Compute<E>;
   constexpr int64_t size = kHeight<E> * kColumns<T>, columns = kColumns<T>;
-  constexpr bool beside_tiles = kTiles<E> && kFours<L, E> > 1;   // bf16 leaves tiles too little time
-  alignas(64) T c[beside_tiles ? 2 * size : size];
+  alignas(64) T c[kBesideTiles<L, E> ? 2 * size : size];
   const int64_t count = padded_steps<E>(k);
   const Engine<E> engine;
   auto panel_at = [&](int64_t column) { return right + column * count * Step<E>::elements; };
-  if constexpr (beside_tiles) {
+  if constexpr (kBesideTiles<L, E>) {
     T *now = c, *before = c + size;
     for (int64_t column = 0; column < n; column += columns) {
       auto row = [&](int64_t i) __attribute__((always_inline)) { consume((const T*)before, column - columns, columns, i, i + 1); };
@@ -286,6 +286,28 @@ INLINE void multiply(const L* left, const E* right, int64_t k, int64_t n, F cons
       micro_kernel<Layout>(left, panel_at(column), count, n - column, c, nothing);
       consume((const T*)c, column, smaller(n - column, columns), 0, kHeight<E>);
     }
+  }
+}
+
+// All columns of kHeight rows into sums, [kHeight][kColumns] for each panel; number (i, column) lies at sums_at. `beside` is called where tiles leave
+// it time, in all as often as slots_beside says; its finish() is the caller's.
+template <class E> INLINE Compute<E>* sums_at(Compute<E>* sums, int64_t i, int64_t column) {
+  constexpr int64_t columns = kColumns<Compute<E>>;
+  return sums + (column / columns * kHeight<E> + i) * columns + column % columns;
+}
+template <class L, class E> INLINE int64_t slots_beside(int64_t k, int64_t n) {
+  return (n + kColumns<Compute<E>> - 1) / kColumns<Compute<E>> * (padded_steps<E>(k) / kStepBlock<E>) * kFours<L, E>;
+}
+template <class Layout, class L, class E, class F>
+INLINE void multiply_beside(const L* left, const E* right, int64_t k, int64_t n, Compute<E>* sums, F& beside) {
+  constexpr int64_t columns = kColumns<Compute<E>>;
+  const int64_t count = padded_steps<E>(k);
+  const Engine<E> engine;
+  Nothing nothing;
+  for (int64_t column = 0; column < n; column += columns) {
+    const E* panel = right + column * count * Step<E>::elements;
+    if constexpr (kBesideTiles<L, E>) micro_kernel<Layout>(left, panel, count, n - column, sums_at<E>(sums, 0, column), beside);
+    else micro_kernel<Layout>(left, panel, count, n - column, sums_at<E>(sums, 0, column), nothing);
   }
 }
 
@@ -639,11 +661,6 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   using E = Packed<S>;
   using T = Compute<S>;
   constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
-  auto together = [&](int64_t m) { return group_size((m + kHeight<E> - 1) / kHeight<E>, omp_get_num_threads(), kMostStrips<E>) * kHeight<E>; };
-  auto groups_of = [&](int64_t m) { return m > 0 ? (m + together(m) - 1) / together(m) : 0; };
-  int64_t groups = 0;
-  for (int p = 0; p < count; ++p) groups += groups_of(gradients[p].m);
-
   const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
   auto pack = [&](const WeightGradient<S, P>& g, E* to, int64_t first, int64_t end) {
     for (int64_t r = first; r < smaller(end, k); r += per) {
@@ -658,47 +675,62 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
       if (!g.packed) pack(g, g.right, job % blocks * kBlock, (job % blocks + 1) * kBlock);
     }
   }
+  // Threads divide all strips of all gradients in their order, by what they cost: so each takes part in few gradients, and mostly in those whose
+  // operands it has made itself, where rows and modalities are divided the same way.
+  auto strips_of = [](const WeightGradient<S, P>& g) { return (g.m + kHeight<E> - 1) / kHeight<E>; };
+  auto strip_cost = [](const WeightGradient<S, P>& g) { return round_up(g.n + 1, kColumns<T>) * (g.left ? kFours<E, E> : kFours<PackedSigns<S>, E>); };
+  int64_t work = 0, before = 0;
+  for (int p = 0; p < count; ++p) work += strips_of(gradients[p]) * strip_cost(gradients[p]);
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
   // A thread with tiles packs for itself: what another core has packed costs as much to fetch, line by line, and as much again to overwrite.
   const S* packed_rows = nullptr;
-#pragma omp for schedule(dynamic)
-  for (int64_t job = 0; job < groups; ++job) {
-    int p = 0;
-    int64_t place = job;
-    for (int64_t own; place >= (own = groups_of(gradients[p].m)); ++p) place -= own;
+  for (int p = 0; p < count; ++p) {
     const WeightGradient<S, P> g = gradients[p];
+    const int64_t cost = strip_cost(g);
+    auto strip_at = [&](int64_t place) {                       // the first one that starts there or after it
+      const int64_t strip = (place - before + cost - 1) / cost;
+      return strip < 0 ? 0 : smaller(strip, strips_of(g));
+    };
+    int64_t strip = strip_at(work * thread / threads);
+    const int64_t end = strip_at(work * (thread + 1) / threads);
+    before += strips_of(g) * cost;
+    if (strip >= end) continue;
     const E* right = g.right;
     if (kTiles<E> && g.rows) {
       if (packed_rows != g.rows) pack(g, own, 0, k);
       packed_rows = g.rows;
       right = own;
     }
-    const int64_t first = place * together(g.m), stride = round_up(g.n + 1, kColumns<T>), height = smaller(together(g.m), g.m - first);
-    const int64_t used = (height + kHeight<E> - 1) / kHeight<E>;
-    const bool last = start + k == rows;
-    auto put = [&](int64_t row, const T* c, int64_t column) __attribute__((always_inline)) {
-      for (int64_t v = 0; v < smaller(kColumns<T>, g.n + 1 - column); v += lanes) {
-        T* total = g.total + (first + row) * stride + column + v;
-        auto value = load(c + v);
-        if (start > 0) value += load(total);
-        if (!last) {
-          store(total, value);
-          continue;
+    const int64_t together = group_size(end - strip, 1, kMostStrips<E>), stride = round_up(g.n + 1, kColumns<T>);
+    for (; strip < end; strip += together) {
+      const int64_t first = strip * kHeight<E>, used = smaller(together, end - strip), height = smaller(used * kHeight<E>, g.m - first);
+      const bool last = start + k == rows;
+      auto put = [&](int64_t row, const T* c, int64_t column) __attribute__((always_inline)) {
+        for (int64_t v = 0; v < smaller(kColumns<T>, g.n + 1 - column); v += lanes) {
+          T* total = g.total + (first + row) * stride + column + v;
+          auto value = load(c + v);
+          if (start > 0) value += load(total);
+          if (!last) {
+            store(total, value);
+            continue;
+          }
+          value *= g.scale;
+          const int64_t left_of_bias = g.n - column - v;
+          store(g.weight + (first + row) * g.n + column + v, value, smaller(left_of_bias, lanes));
+          if (left_of_bias < lanes) {
+            T part[lanes];
+            store(part, value);
+            store(g.bias + first + row, broadcast<T>(part[left_of_bias]), 1);
+          }
         }
-        value *= g.scale;
-        const int64_t left_of_bias = g.n - column - v;
-        store(g.weight + (first + row) * g.n + column + v, value, smaller(left_of_bias, lanes));
-        if (left_of_bias < lanes) {
-          T part[lanes];
-          store(part, value);
-          store(g.bias + first + row, broadcast<T>(part[left_of_bias]), 1);
-        }
-      }
-    };
-    auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
-      pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
-      multiply_rows(packed, kStrip<E>, used, height, right, k, g.n + 1, sums, put);
-    };
-    if (g.left) run(strips, g.left);
-    else run((PackedSigns<S>*)strips, g.signs + start * g.m);
+      };
+      auto run = [&](auto* packed, auto* left) __attribute__((always_inline)) {
+        pack_left_columns(packed, kStrip<E>, left + first, g.m, g.m - first, k, used, [](int64_t, int, auto) {});
+        multiply_rows(packed, kStrip<E>, used, height, right, k, g.n + 1, sums, put);
+      };
+      if (g.left) run(strips, g.left);
+      else run((PackedSigns<S>*)strips, g.signs + start * g.m);
+    }
   }
+#pragma omp barrier
 }

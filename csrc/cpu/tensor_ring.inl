@@ -163,12 +163,12 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
   Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
   Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
   const int64_t stacked = round_up(4 * R, kColumns<T>), tile_row = round_up(widest, kColumns<T>);
-  Scratch<T> bias_of(M * stacked), tile_target(mapping ? kHeight<E> * tile_row : 0, threads);
+  Scratch<T> bias_of(M * stacked), tile_sums((mapping ? 2 : 1) * kHeight<E> * tile_row, threads);
   Scratch<double> partial(mapping ? M * tiles : 0);
   Scratch<E*> projection(M), map(M), phi(M);
   Scratch<T*> saved(2 * M);                                    // projections and means
   if (!ring.contracted.ok() || !right.ok() || !left.ok() || !outer.ok() || !saved.ok() || !spare.ok() || !projection.ok() || !map.ok() ||
-      !bias_of.ok() || !tile_target.ok() || !partial.ok() || !phi.ok())
+      !bias_of.ok() || !tile_sums.ok() || !partial.ok() || !phi.ok())
     return 1;
   E* next = right.data;
   for (int64_t j = 0; j < M; ++j) {
@@ -193,7 +193,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     firstprivate(M, R, beta, kept, threshold, dropping, mapping, gated_target, seed)   // a copy stays in registers
   {
     E* tile_left = left.of(omp_get_thread_num());
-    T* target_rows = tile_target.of(omp_get_thread_num());
+    T *attended = tile_sums.of(omp_get_thread_num()), *mapped = attended + kHeight<E> * tile_row;
     T* outer_row = outer.of(omp_get_thread_num());
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < M * panels; ++job) {
@@ -259,29 +259,49 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         }
         pack_left(tile_left, i, R * R, [&](int64_t d, int64_t n) { return i < height ? load(outer_row + d, n) : Vector<T>{}; });
       }
-      multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+      // `columns` of row i from d on, whose sums lie at c. The target goes where they are, or would be, among all of the tile's.
+      auto gate = [=](int64_t i, int64_t d, int64_t columns, const T* c) __attribute__((always_inline)) {
         uint32_t words[kWords];
-        for (int64_t i = from; i < smaller(to, height); ++i) {
-          if (dropping) philox(seed, first + i, uint32_t(j), column, words);
-          for (int64_t v = 0; v < columns; v += lanes) {
-            const int64_t n = columns - v, at = i * D + column + v;
-            auto att = load(c + i * kColumns<T> + v) + load(bias + column + v, n);
-            auto x_n = load(x + at, n);
-            auto gated = att * x_n + beta * x_n;
-            if (attention) store(attention + at, att, n);
-            if (target) store(target + at, gated, n);
-            if (mapping) store(target_rows + i * tile_row + column + v, gated_target ? gated : att);
-            if (dropping) gated = keep(gated, words + v, threshold, kept);
-            store(out + at, gated, n);
-          }
+        if (dropping) philox(seed, first + i, uint32_t(j), d, words);
+        for (int64_t v = 0; v < columns; v += lanes) {
+          const int64_t n = columns - v, at = i * D + d + v;
+          auto att = load(c + v) + load(bias + d + v, n);
+          auto x_n = load(x + at, n);
+          auto gated = att * x_n + beta * x_n;
+          if (attention) store(attention + at, att, n);
+          if (target) store(target + at, gated, n);
+          if (mapping) store(sums_at<E>(attended, i, d + v), gated_target ? gated : att);
+          if (dropping) gated = keep(gated, words + v, threshold, kept);
+          store(out + at, gated, n);
         }
-      });
-      if (mapping) {
+      };
+      auto target_at = [=](int64_t i, int64_t d, int64_t n) __attribute__((always_inline)) { return load((const T*)sums_at<E>(attended, i, d), n); };
+      MappingTile<S, P> loss{mapping ? (const P*)t[PHI_BIAS * M + j] : nullptr, D, mapping ? (int8_t*)t[SIGN * M + j] + first * D : nullptr};
+      if (kBesideTiles<E, E> && mapping) {
+        // Beside Phi, whose tiles take longer, and by rows, which memory likes better.
+        Nothing nothing;
+        multiply_beside<Strips>(tile_left, map.data[j], R * R, D, attended, nothing);
         pack_left_rows(tile_left, x, D, D, height);
-        partial.data[job] = mapping_tile<S>(tile_left, phi.data[j], (const P*)t[PHI_BIAS * M + j], D, height,
-                                         (int8_t*)t[SIGN * M + j] + first * D,
-                                         [&](int i, int64_t d, int64_t n) { return load(target_rows + i * tile_row + d, n); });
+        auto next = [=, i = int64_t(0), d = int64_t(0)](int64_t) mutable __attribute__((always_inline)) {
+          gate(i, d, smaller(kColumns<T>, D - d), sums_at<E>(attended, i, d));
+          d += kColumns<T>;
+          if (d >= D) d = 0, ++i;
+        };
+        Beside<decltype(next)> beside{next, height * ((D + kColumns<T> - 1) / kColumns<T>), slots_beside<E, E>(D, D)};
+        multiply_beside<Strips>(tile_left, phi.data[j], D, D, mapped, beside);
+        beside.finish();
+        for (int64_t d = 0; d < D; d += kColumns<T>)          // the order of mapping_tile
+          for (int64_t i = 0; i < height; ++i) loss.add(i, d, smaller(kColumns<T>, D - d), sums_at<E>(mapped, i, d), target_at);
+      } else {
+        multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+          for (int64_t i = from; i < smaller(to, height); ++i) gate(i, column, columns, c + i * kColumns<T>);
+        });
+        if (mapping) {
+          pack_left_rows(tile_left, x, D, D, height);
+          mapping_tile(loss, tile_left, phi.data[j], height, target_at);
+        }
       }
+      if (mapping) partial.data[job] = sum<T>(loss.total);
     }
   }
   if (mapping) *(T*)args->loss = T(mapping_total(args->coefficient, partial.data, M, tiles));
@@ -320,14 +340,15 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
   const int64_t tile_row = round_up(widest, kColumns<T>);
-  Scratch<T> tile_mapping(mapping ? kHeight<E> * tile_row : 0, threads);
+  Scratch<T> tile_direct(kHeight<E> * tile_row, threads), tile_mapped(mapping ? kHeight<E> * tile_row : 0, threads);
+  Scratch<PackedSigns<S>> tile_signs(mapping ? left_size<PackedSigns<S>>(widest) : 0, threads);
   Scratch<E*> map(M), projection(M), phi(M);
   const int64_t of_x = mapping ? 2 : 1;                        // gradients with x as their right operand; those of the map come before them all
   Scratch<WeightGradient<S, P>> gradients((1 + of_x) * M);
   Scratch<E> x_packed(right_size<E>(kChunk, widest + 1), kTiles<E> ? threads : 1);
   if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
       !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
-      !tile_mapping.ok() || !phi.ok() || !x_packed.ok())
+      !tile_direct.ok() || !tile_mapped.ok() || !tile_signs.ok() || !phi.ok() || !x_packed.ok())
     return 1;
   E *right_at = right.data, *chunk_at = chunk.data;
   Operand<S>* gradient_at = gradient.data;
@@ -369,7 +390,8 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     E* own_x = x_packed.of(kTiles<E> ? omp_get_thread_num() : 0);
     T* outer_rows = row.of(omp_get_thread_num());
     T* S_rows = sums.of(omp_get_thread_num());
-    T* mapping_rows = tile_mapping.of(omp_get_thread_num());
+    T *direct = tile_direct.of(omp_get_thread_num()), *mapped = tile_mapped.of(omp_get_thread_num());
+    PackedSigns<S>* signs = tile_signs.of(omp_get_thread_num());
     const int64_t blocks = (widest + kBlock - 1) / kBlock;
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < M * blocks; ++job) {
@@ -401,35 +423,45 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const T factor = mapping ? gradients.data[M + j * of_x + 1].scale : T(0);
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         auto g_att = (Operand<S>*)gradients.data[j].left + place * D;
+        // The columns of a draw, row by row: g_att, as it is and packed, and the direct part of g_x.
+        auto gate = [=, i = 0, d = int64_t(0)](int64_t) mutable __attribute__((always_inline)) {
+          constexpr int64_t some = Lanes<Word<E>>::count * per;
+          uint32_t words[kWords];
+          if (dropping && i < height) philox(seed, first + i, uint32_t(j), d, words);
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kWords; v += some) {
+            if (d + v >= D) break;
+            put_left(tile_left, i, d + v, steps_from((E*)0, d + v, D - d - v, [&](int64_t column) __attribute__((always_inline)) {
+              if (i >= height) return Vector<T>{};
+              const int64_t at = i * D + column, n = D - column;
+              auto g = load(grad_out + at, n);
+              auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
+              if (mapping) target -= factor * load_signs<T>(sign + at, n);
+              if (dropping) g = keep(g, words + (column - d), threshold, kept);
+              if (gated_target) g += target;
+              auto att = g * load(x + at, n);
+              if (!gated_target) att += target;
+              store(direct + i * tile_row + column, g * (load(attention + at, n) + beta));
+              store(g_att + at, att, n);
+              return att;
+            }));
+          }
+          d += kWords;
+          if (d >= D) d = 0, ++i;
+        };
+        Beside<decltype(gate)> beside{gate, kHeight<E> * ((D + kWords - 1) / kWords), slots_beside<PackedSigns<S>, E>(D, D)};
         if (mapping) {
           for (int i = 0; i < kHeight<E>; ++i)
-            pack_left((PackedSigns<S>*)tile_left, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
-          multiply<Strips>((PackedSigns<S>*)tile_left, phi.data[j], D, D, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
-            for (int64_t i = from; i < smaller(to, height); ++i)
-              for (int v = 0; v < kColumns<T>; v += lanes)
-                store(mapping_rows + i * tile_row + column + v, factor * load(c + i * kColumns<T> + v));
-          });
+            pack_left(signs, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
+          multiply_beside<Strips>(signs, phi.data[j], D, D, mapped, beside);
         }
-        for (int i = 0; i < kHeight<E>; ++i) {
-          uint32_t words[kWords];
-          pack_left(tile_left, i, D, [&](int64_t d, int64_t n) {
-            if (i >= height) return Vector<T>{};
-            const int64_t at = i * D + d;
-            if (dropping && d % kWords == 0) philox(seed, first + i, uint32_t(j), d, words);
-            auto g = load(grad_out + at, n);
-            auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
-            if (mapping) target -= factor * load_signs<T>(sign + at, n);
-            if (dropping) g = keep(g, words + d % kWords, threshold, kept);
-            if (gated_target) g += target;
-            auto att = g * load(x + at, n);
-            if (!gated_target) att += target;
-            auto direct = g * (load(attention + at, n) + beta);
-            if (mapping) direct += load(mapping_rows + i * tile_row + d);
-            store(grad_x + at, direct, n);
-            store(g_att + at, att, n);
-            return att;
-          });
-        }
+        beside.finish();
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t d = 0; d < D; d += lanes) {
+            auto sum = load(direct + i * tile_row + d);
+            if (mapping) sum += factor * load(sums_at<E>(mapped, i, d));
+            store(grad_x + i * D + d, sum, D - d);
+          }
         multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
           for (int64_t i = from; i < smaller(to, height); ++i)
             for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
@@ -545,8 +577,10 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             }
         });
       }
-      for (int64_t j = 0; j < M; ++j)                         // one after the other: the packed x of one stays in the caches
-        weight_gradients(gradients.data + M + j * of_x, int(of_x), start, rows, tile_left, own_x, tile_sums);
+      // All at once, for threads with tiles, which pack x for themselves; else one modality after the other: its packed x stays in the caches.
+      const int64_t together = kTiles<E> ? M : 1;
+      for (int64_t j = 0; j < M; j += together)
+        weight_gradients(gradients.data + M + j * of_x, int(together * of_x), start, rows, tile_left, own_x, tile_sums);
     }
   }
   return 0;
