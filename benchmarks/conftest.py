@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -111,8 +112,10 @@ def record(request, benchmark, measured_groups):
                 measured_groups[case] = dict.fromkeys(competing, reason)
             for name, outcome in measured_groups[case].items():
                 if isinstance(outcome, Exception) and not isinstance(outcome, implementations.Unavailable):
-                    # At once: a run that is stopped has no summary.
-                    print(f"\n{case.group} / {name}: {type(outcome).__name__}: {outcome}", file=sys.__stderr__, flush=True)
+                    # At once, past pytest's capture, and from where: a run that is stopped has no summary.
+                    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                        print(f"\n{case.group} / {name}:", file=sys.stderr)
+                        traceback.print_exception(outcome)
         outcome = measured_groups[case][implementation]
         if isinstance(outcome, implementations.Unavailable):
             benchmark.skipped = True

@@ -22,7 +22,7 @@ part() {  # part NAME SECONDS COMMAND...
     timeout "$limit" "$@" > "$output" 2>&1
     local code=$?
     { echo "== $name"; cat "$output"; } >> "$log"
-    grep -E '^(FAILED|ERROR)|passed|failed' "$output" | cut -c1-200 | tail -n 12
+    grep -E '^(FAILED|ERROR)|^[A-Za-z_.]+(Error|Exception|Result): |passed|failed' "$output" | cut -c1-200 | tail -n 12
     printf '%-10s exit %-4s %4d s  %s\n' "$name" "$code" $((SECONDS - start)) \
         "$(grep -E '(passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|cases ran)' "$output" | tail -n 1)" >> "$summary"
     rm -f "$output"

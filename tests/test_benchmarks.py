@@ -124,6 +124,15 @@ def test_every_group_collects():
         assert name in found.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_what_keeps_a_group_from_being_measured_is_told_at_once():
+    found = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "cosine_fusion-meld-training-float32",
+                            "--device", "cuda", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1
+    told = found.stderr + found.stdout.split("FAILURES")[0]
+    assert "cosine_fusion / meld / training / float32 / textbook:" in told and "in measure_group" in told, found.stdout[:2000]
+
+
 @pytest.mark.parametrize("op", ["tensor_ring", "attention_mapping", "afw_layer", "cosine_fusion", "model"])
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_competitors_agree_and_run(op, mode):
