@@ -106,6 +106,9 @@ def saved_bytes(forward: Callable[[], object], excluded: Sequence[Tensor]) -> in
     kept: dict[int, Tensor] = {}            # the tensors stay alive, so no address is counted for two storages
 
     def pack(t: Tensor) -> Tensor:
+        # As it is, it would hold the graph that holds it. Such a graph never ends, and its nodes, bound to the stream of this pass, would keep
+        # the parameters' next pass out of a CUDA graph.
+        t = t.detach()
         kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 

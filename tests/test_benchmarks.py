@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,27 @@ def test_saved_bytes_count_a_storage_once():
         return (y * y[:, :5].sum()).sum()   # saves y
 
     assert measure.saved_bytes(forward, (x,)) == 400 + 4
+
+
+@pytest.mark.parametrize("name", ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(
+    cpu.why_not() is not None, reason=str(cpu.why_not())))])
+def test_counting_saved_bytes_leaves_no_graph_behind(name):
+    """A node of a parameter that lives on is bound to the stream of its pass, and a CUDA graph of the next one cannot be captured."""
+    competitor = implementations.build(cases.Case("model", TINY), name, "cpu")
+    parameter = next(p for p in competitor.free if p.requires_grad)
+
+    def forward():
+        result = competitor.forward()
+        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+        weakref.finalize(node.metadata.setdefault("ends", Ends()), ended.append, True)
+        return result
+
+    class Ends:
+        """What a node's metadata holds goes with the node."""
+
+    ended = []
+    measure.saved_bytes(forward, competitor.free)
+    assert ended
 
 
 def test_slug():

@@ -25,6 +25,7 @@ from ..optim import BalancedAdam
 __all__ = ["GraphedStep", "StepResult"]
 
 WARM_UP = 3         # iterations on a side stream before a capture, as PyTorch asks for
+HELD_GRAPH = "is an output or a loss of an earlier pass still held? Its graph binds the parameters to the stream of that pass: detach it"
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ class GraphedStep:
                 self._capture(captured, modulate)
             except RuntimeError as error:
                 if self.mode == "graph":
+                    error.add_note(HELD_GRAPH)
                     raise
-                self._failed = f"a capture failed: {str(error).strip().splitlines()[0]}"
+                self._failed = f"a capture failed: {str(error).strip().splitlines()[0]} ({HELD_GRAPH})"
                 self._captured.clear()
                 return self._result(self._step(batch, modulate))
         self.optimizer.refresh()

@@ -15,6 +15,7 @@ from ada2i_fast.batch import FixedBatch
 from ada2i_fast.ops import attention_mapping, cosine_fusion, dialogue_attention
 from ada2i_fast.ops.dialogue_attention import DialogueOffsets
 from ada2i_fast.training import GraphedStep
+from ada2i_fast.training.graph import HELD_GRAPH
 from ada2i_fast.training.loop import ahead
 from model_cases import WIDTHS, padded_case, small_config, spread_parameters
 
@@ -331,11 +332,12 @@ def test_a_failed_capture_is_told_once(pretend, monkeypatch):
     step = GraphedStep(model, BalancedAdam(model))
     batch = batch_of(LENGTHS[0], torch.float32)
     assert step(batch).loss.isfinite() and not model.side_by_side and all(s["step"] == 1 for s in step.optimizer.state.values())
-    assert step.why_not() == "a capture failed: operation not permitted when stream is capturing"
+    assert step.why_not() == f"a capture failed: operation not permitted when stream is capturing ({HELD_GRAPH})"
     step(batch)
     assert all(s["step"] == 2 for s in step.optimizer.state.values())
-    with pytest.raises(RuntimeError, match="not permitted"):
+    with pytest.raises(RuntimeError, match="not permitted") as failed:
         GraphedStep(model, BalancedAdam(model), mode="graph")(batch)
+    assert failed.value.__notes__ == [HELD_GRAPH]
 
 
 # ---- launches
