@@ -19,6 +19,7 @@ pytest.importorskip("pytest_benchmark")
 from ada2i_fast import cpu  # noqa: E402
 from benchmarks import cases, implementations, machine, measure, memory, profile, report, run  # noqa: E402
 
+IMPLEMENTATIONS = ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not())))]
 TINY = cases.Shape("tiny", "iemocap", (3, 1, 5), (("hidden_dim", 8), ("tensor_rank", 3), ("feedforward_dim", 16)))
 
 
@@ -111,9 +112,13 @@ def test_floor():
     assert cases.IEMOCAP.utterances == 500 and cases.MELD.utterances == 96 and max(cases.MELD.lengths) == 33
 
 
+def pytest_benchmarks(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_every_group_collects():
-    found = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--collect-only", "-q", "-m", "", "--device", "cpu",
-                            "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    found = pytest_benchmarks("--collect-only", "-m", "", "--device", "cpu")
     assert found.returncode == 0, found.stdout + found.stderr
     for op in ("tensor_ring", "attention_mapping", "afw_layer", "cosine_fusion", "model"):
         for shape in ("iemocap", "meld", "mosei"):
@@ -127,8 +132,7 @@ def test_every_group_collects():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_what_keeps_a_group_from_being_measured_is_told_at_once():
-    found = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "cosine_fusion-meld-training-float32",
-                            "--device", "cuda", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    found = pytest_benchmarks("-k", "cosine_fusion-meld-training-float32", "--device", "cuda")
     assert found.returncode == 1
     told = found.stderr + found.stdout.split("FAILURES")[0]
     assert "cosine_fusion / meld / training / float32 / textbook:" in told and "in measure_group" in told, found.stdout[:2000]
@@ -186,8 +190,7 @@ def test_saved_bytes_count_a_storage_once():
     assert measure.saved_bytes(forward, (x,)) == 400 + 4
 
 
-@pytest.mark.parametrize("name", ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(
-    cpu.why_not() is not None, reason=str(cpu.why_not())))])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_counting_saved_bytes_leaves_no_graph_behind(name):
     """A node of a parameter that lives on is bound to the stream of its pass, and a CUDA graph of the next one cannot be captured."""
     competitor = implementations.build(cases.Case("model", TINY), name, "cpu")
@@ -212,8 +215,7 @@ def test_slug():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(
-    cpu.why_not() is not None, reason=str(cpu.why_not())))])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_profile_finds_every_part_and_adds_up(name, dtype):
     """Known parts only, each seen in the step; the products of each kind are as many as the model has weights."""
     case = cases.Case("model", TINY, dtype=dtype)

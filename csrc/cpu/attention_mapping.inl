@@ -1,4 +1,4 @@
-// The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) never leaves the first-level cache.
+// The L1 feature loss of one AFW layer; mathematics in ada2i_fast/ops/attention_mapping.py. Phi(x) of a tile never leaves the caches.
 
 // What a tile adds to the loss: its sums Phi x against target(i, d, n), the vector of the target's row i at d, of which n are left. Signs go to
 // sign [height][D].

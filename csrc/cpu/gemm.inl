@@ -130,6 +130,18 @@ template <class F> struct Beside {
   }
   ALWAYS_INLINE void served(int64_t) {}
 };
+// Its pieces, where they are those of rows of D numbers: piece(i, d) for `columns` of row i from d on, row by row.
+template <class F> struct RowByRow {
+  F piece;
+  int64_t D, columns, i = 0, d = 0;
+
+  int64_t pieces(int64_t rows) const { return rows * ((D + columns - 1) / columns); }
+  ALWAYS_INLINE void operator()(int64_t) {
+    piece(i, d);
+    d += columns;
+    if (d >= D) d = 0, ++i;
+  }
+};
 template <class L, class E> constexpr int kFours = Step<L>::parts == 3 ? 6 : Step<E>::parts;   // in kStepBlock steps
 template <class L, class E> constexpr bool kBesideTiles = kTiles<E> && kFours<L, E> > 1;       // bf16 leaves tiles too little time
 constexpr int64_t kTile = 32 * 32;

@@ -282,12 +282,9 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         Nothing nothing;
         multiply_beside<Strips>(tile_left, map.data[j], R * R, D, attended, nothing);
         pack_left_rows(tile_left, x, D, D, height);
-        auto next = [=, i = int64_t(0), d = int64_t(0)](int64_t) mutable __attribute__((always_inline)) {
-          gate(i, d, smaller(kColumns<T>, D - d), sums_at<E>(attended, i, d));
-          d += kColumns<T>;
-          if (d >= D) d = 0, ++i;
-        };
-        Beside<decltype(next)> beside{next, height * ((D + kColumns<T> - 1) / kColumns<T>), slots_beside<E, E>(D, D)};
+        auto piece = [=](int64_t i, int64_t d) __attribute__((always_inline)) { gate(i, d, smaller(kColumns<T>, D - d), sums_at<E>(attended, i, d)); };
+        RowByRow<decltype(piece)> gates{piece, D, kColumns<T>};
+        Beside<decltype(gates)> beside{gates, gates.pieces(height), slots_beside<E, E>(D, D)};
         multiply_beside<Strips>(tile_left, phi.data[j], D, D, mapped, beside);
         beside.finish();
         for (int64_t d = 0; d < D; d += kColumns<T>)          // the order of mapping_tile
@@ -423,15 +420,15 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const T factor = mapping ? gradients.data[M + j * of_x + 1].scale : T(0);
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         auto g_att = (Operand<S>*)gradients.data[j].left + place * D;
-        // The columns of a draw, row by row: g_att, as it is and packed, and the direct part of g_x.
-        auto gate = [=, i = 0, d = int64_t(0)](int64_t) mutable __attribute__((always_inline)) {
+        // g_att, as it is and packed, and the direct part of g_x.
+        auto gate = [=](int64_t i, int64_t d) __attribute__((always_inline)) {
           constexpr int64_t some = Lanes<Word<E>>::count * per;
           uint32_t words[kWords];
           if (dropping && i < height) philox(seed, first + i, uint32_t(j), d, words);
 #pragma GCC unroll 4
-          for (int64_t v = 0; v < kWords; v += some) {
+          for (int64_t v = 0; v < kColumns<T>; v += some) {
             if (d + v >= D) break;
-            put_left(tile_left, i, d + v, steps_from((E*)0, d + v, D - d - v, [&](int64_t column) __attribute__((always_inline)) {
+            put_left(tile_left, int(i), d + v, steps_from((E*)0, d + v, D - d - v, [&](int64_t column) __attribute__((always_inline)) {
               if (i >= height) return Vector<T>{};
               const int64_t at = i * D + column, n = D - column;
               auto g = load(grad_out + at, n);
@@ -446,10 +443,9 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
               return att;
             }));
           }
-          d += kWords;
-          if (d >= D) d = 0, ++i;
         };
-        Beside<decltype(gate)> beside{gate, kHeight<E> * ((D + kWords - 1) / kWords), slots_beside<PackedSigns<S>, E>(D, D)};
+        RowByRow<decltype(gate)> gates{gate, D, kColumns<T>};
+        Beside<decltype(gates)> beside{gates, gates.pieces(kHeight<E>), slots_beside<PackedSigns<S>, E>(D, D)};
         if (mapping) {
           for (int i = 0; i < kHeight<E>; ++i)
             pack_left(signs, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
