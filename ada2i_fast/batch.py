@@ -155,6 +155,7 @@ class FixedBatch:
     labels: Tensor
     rows: Tensor | None
     longest: int
+    _filled: list[int | None] = field(default_factory=lambda: [None, None], repr=False, compare=False)    # rows and dialogues, by the last `fill_`
 
     @classmethod
     def empty(cls, like: DialogueBatch, rows: int, dialogues: int, longest: int, attended: bool = False) -> "FixedBatch":
@@ -185,15 +186,22 @@ class FixedBatch:
         if n > size or count + -(-(size - n) // self.longest) > slots:
             raise ValueError(f"batch: expected at most {size} utterances in at most {slots} dialogues, what is left over in dialogues of "
                              f"{self.longest} included, got {n} in {count}")
+        before = self._filled.copy()
+        end = size if None in before else before[0]             # rows from there on are filler already
+        self._filled[:] = None, None                            # should anything fail in between
         for m, x in self.features.items():
             x[:n].copy_(batch.features[m])
-            x[n:].zero_()
+            if n < end:
+                x[n:end].zero_()
         self.labels[:n].copy_(batch.labels)
-        self.labels[n:].fill_(NO_LABEL)
+        if n < end:
+            self.labels[n:end].fill_(NO_LABEL)
         self.offsets[:count + 1].copy_(batch.offsets)
-        for i in range(count + 1, slots + 1):
-            self.offsets[i].fill_(min(n + (i - count) * self.longest, size))
-        self.rows.fill_(n)
+        if before != [n, count]:
+            for i in range(count + 1, slots + 1):
+                self.offsets[i].fill_(min(n + (i - count) * self.longest, size))
+            self.rows.fill_(n)
+        self._filled[:] = n, count
         return self
 
     @property

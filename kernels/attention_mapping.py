@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ada2i_fast.ops.linear import Branch, here
+
 from . import common
 from .common import column_tile, rounded, select
 
@@ -75,11 +77,11 @@ def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total
     tl.store(losses + program, coefficient * distance)
 
 
-@triton.jit(do_not_specialize=["rows_total", "row_blocks", "splits"])
-def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients, counted, rows_total, row_blocks, splits, coefficient,
+@triton.jit(do_not_specialize=["rows_total", "first", "row_blocks", "splits"])
+def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients, counted, rows_total, first, row_blocks, splits, coefficient,
                  COUNTED: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Grid (row_blocks * COUNT * DB + splits * COUNT * DB * DB,), DB = cdiv(D, BLOCK_D): first a tile of g_x and g_target
+    """Programs first ... of row_blocks * COUNT * DB + splits * COUNT * DB * DB, DB = cdiv(D, BLOCK_D): a tile of g_x and g_target
     each, then a tile of g_Phi over one split of the rows each.
 
     grad_loss: 0-dimensional. gradients: float32 [splits, COUNT, LENGTH], the partial g_Phi [D, D] and g_phi [D] in a row.
@@ -88,7 +90,7 @@ def map_backward(grad_loss, xs, signs, weights, grad_xs, grad_targets, gradients
     factor = coefficient * tl.load(grad_loss).to(tl.float32)
     if COUNTED:
         factor = factor * rows_total / tl.load(counted)
-    program = tl.program_id(0)
+    program = tl.program_id(0) + first
     tiles = row_blocks * (COUNT * D_BLOCKS)
     if program < tiles:
         local = program % (COUNT * D_BLOCKS) // D_BLOCKS
@@ -251,27 +253,29 @@ def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[
 
 
 def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor],
-             coefficient: Sequence[float], counted: Tensor | None = None) -> list[Tensor]:
-    """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`; counted: what that was given.
+             coefficient: Sequence[float], counted: Tensor | None = None, beside: Branch = here) -> list[Tensor]:
+    """grad_loss: 0-dimensional, any floating dtype; sign: from `forward`; counted: what that was given; beside: from `ops.linear.branch`,
+    for the gradients of weight and bias.
 
     Returns the gradients of x and target in the dtype of x, of weight and bias in that of weight, M each.
     """
     x, sign, weight = common.contiguous(x, sign, weight)
     rows = x[0].shape[0]
+    m = len(x)
     grad_x = [torch.empty_like(t) for t in x]
     grad_target = [torch.empty_like(t) for t in x]
-    grad_weight = [torch.empty_like(t) for t in weight]
-    grad_bias = [t.new_empty((t.shape[0],)) for t in weight]
-    results = [*grad_x, *grad_target, *grad_weight, *grad_bias]
+    grads = [None] * (2 * m)                # of weight and bias
+    meta = constants(x[0].dtype)
+    if rows == 0 or common.through_library(x[0].dtype, rows):
+        grads = [torch.empty_like(t) for t in weight] + [t.new_empty((t.shape[0],)) for t in weight]
     if rows == 0:
-        for t in results:
+        for t in grads:
             t.zero_()
-        return results
+        return [*grad_x, *grad_target, *grads]
     if common.through_library(x[0].dtype, rows):
         grad_loss = grad_loss if counted is None else grad_loss.to(torch.float32) * rows / counted
-        backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
-        return results
-    meta = constants(x[0].dtype)
+        backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grads[:m], grads[m:])
+        return [*grad_x, *grad_target, *grads]
     row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(common.MAX_SPLITS, common.cdiv(row_blocks, 4))
     with common.device_of(x[0]):
@@ -280,13 +284,29 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
             width, count = x[group[0]].shape[1], len(group)
             blocks = common.cdiv(width, meta["BLOCK_D"])
             length = common.cdiv(width * width + width, 4) * 4
+            tiles, others = row_blocks * count * blocks, splits * count * blocks * blocks
+            like = [mine(weight), [t[:, 0] for t in mine(weight)]]
+
             gradients = x[0].new_empty((splits, count, length), dtype=torch.float32)
-            map_backward[(row_blocks * count * blocks + splits * count * blocks * blocks,)](
-                grad_loss, mine(x), mine(sign), mine(weight),
-                mine(grad_x), mine(grad_target), gradients, counted, rows, row_blocks, splits,
-                coefficient[group[0]], COUNTED=counted is not None, D=width, COUNT=count, LENGTH=length, **meta)
-            common.reduce(gradients, [mine(grad_weight), mine(grad_bias)])
-    return results
+
+            def launch(first: int, programs: int) -> None:
+                map_backward[(programs,)](
+                    grad_loss, mine(x), mine(sign), mine(weight), mine(grad_x), mine(grad_target), gradients, counted, rows, first, row_blocks,
+                    splits, coefficient[group[0]], COUNTED=counted is not None, D=width, COUNT=count, LENGTH=length, **meta)
+
+            def of_parameters(*_: Tensor) -> list[Tensor]:
+                launch(tiles, others)
+                return common.reduced(gradients, like)
+
+            if beside is here:
+                launch(0, tiles + others)
+                found = common.reduced(gradients, like)
+            else:
+                found = beside(of_parameters, gradients, grad_loss, *mine(x), *mine(sign))
+                launch(0, tiles)
+            for place, j in enumerate(group):
+                grads[j], grads[m + j] = found[place], found[count + place]
+    return [*grad_x, *grad_target, *grads]
 
 
 def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], weight: list[Tensor],

@@ -179,6 +179,13 @@ def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]], block: int = 32
         GROUP=group, BLOCK=block, TOGETHER=together, num_warps=4, enable_fp_fusion=True)
 
 
+def reduced(partial: Tensor, like: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """`reduce` into new tensors like these, kind after kind."""
+    sums = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in like]
+    reduce(partial, sums)
+    return [t for kind in sums for t in kind]
+
+
 def cdiv(a: int, b: int) -> int:
     """`triton.cdiv`, which takes the host 3 us: it is a function of kernels too."""
     return -(-a // b)

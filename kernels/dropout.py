@@ -12,12 +12,15 @@ Rows wider than a block are read once for the sums over the width and once more 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ada2i_fast.ops.linear import Branch, here
 
 from . import common
 from .common import keep
@@ -230,43 +233,43 @@ def norm_forward(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm
 # ------------------------------------------------------------------------------------------------------- backward launchers
 
 
-def relu_backward(grad_out: Tensor, out: Tensor, p: float) -> list[Tensor]:
-    """grad_out, out: [N, d]. Returns the gradients of x, in the dtype of out, and of bias, float32."""
+def relu_backward(grad_out: Tensor, out: Tensor, p: float, beside: Branch = here) -> list[Tensor]:
+    """grad_out, out: [N, d]; beside: from `ops.linear.branch`, for the gradient of bias. Returns the gradients of x, in the dtype of out, and
+    of bias, float32."""
     (grad_out, out), = common.contiguous((grad_out, out))
     rows, width = out.shape
-    grads = [torch.empty_like(out), out.new_empty((width,), dtype=torch.float32)]
+    grad_x = torch.empty_like(out)
     if rows == 0:
-        return zeroed(grads)
+        return zeroed([grad_x, out.new_empty((width,), dtype=torch.float32)])
     meta = constants(width, widest=256)
     row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(MAX_SPLITS, row_blocks)
-    partial = out.new_empty((splits, 1, width), dtype=torch.float32)
+    partials = out.new_empty((splits, 1, width), dtype=torch.float32)
     with common.device_of(out):
         relu_gradients[(common.cdiv(width, meta["BLOCK_D"]), splits)](
-            grad_out, out, grads[0], partial, rows, row_blocks, splits, 1.0 / (1.0 - p), **meta)
-        common.reduce(partial, [grads[1:]])
-    return grads
+            grad_out, out, grad_x, partials, rows, row_blocks, splits, 1.0 / (1.0 - p), **meta)
+        return [grad_x, *beside(partial(common.reduced, like=[[partials[0, 0]]]), partials)]
 
 
 def norm_backward(grad_out: Tensor, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, p: float,
-                  seed: Tensor | None, stream: int) -> list[Tensor]:
-    """mean, rstd: from `norm_forward`. Returns the gradients of x, bias, residual, weight and norm_bias, the last in the dtype of
-    weight, the others in their own."""
+                  seed: Tensor | None, stream: int, beside: Branch = here) -> list[Tensor]:
+    """mean, rstd: from `norm_forward`; beside: from `ops.linear.branch`, for the gradients of bias, weight and norm_bias. Returns the gradients
+    of x, bias, residual, weight and norm_bias, the last in the dtype of weight, the others in their own."""
     (grad_out, x, bias, residual, weight), = common.contiguous((grad_out, x, bias, residual, weight))
     rows, width = x.shape
-    grads = [torch.empty_like(t) for t in (x, bias, residual, weight, weight)]
     if rows == 0:
-        return zeroed(grads)
+        return zeroed([torch.empty_like(t) for t in (x, bias, residual, weight, weight)])
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(residual)
     meta = constants(width, widest=2048)
     row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(MAX_SPLITS, row_blocks)
-    partial = x.new_empty((splits, 1, 3 * width), dtype=torch.float32)
+    partials = x.new_empty((splits, 1, 3 * width), dtype=torch.float32)
     with common.device_of(x):
         norm_gradients[(splits, common.cdiv(width, meta["BLOCK_D"]))](
-            grad_out, x, bias, residual, weight, mean, rstd, grads[0], grads[2], partial, seed, rows, row_blocks, splits, stream,
+            grad_out, x, bias, residual, weight, mean, rstd, grad_x, grad_residual, partials, seed, rows, row_blocks, splits, stream,
             1.0 / (1.0 - p), **common.dropout_arguments(p), **meta)
-        common.reduce(partial, [[grads[1]], [grads[3]], [grads[4]]])
-    return grads
+        grad_bias, *of_norm = beside(partial(common.reduced, like=[[bias], [weight], [weight]]), partials)
+    return [grad_x, grad_bias, grad_residual, *of_norm]
 
 
 def zeroed(grads: Sequence[Tensor]) -> list[Tensor]:

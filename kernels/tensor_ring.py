@@ -42,6 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ada2i_fast.ops.linear import Branch, here
+
 from . import common
 from .common import cdiv, column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
 
@@ -412,22 +414,22 @@ def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, 
     return total * (scale / length.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits"])
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits", "first", "roles"])
 def backward_weights(xs, offsets, projections, averages, proj_weights, grad_xs, grad_attention, vectors, partial, gradients,
-                     dialogues, tiles, rows_total, splits, scale,
+                     dialogues, tiles, rows_total, splits, first, roles, scale,
                      D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
                      PATH: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, LENGTH: tl.constexpr,
                      MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr):
-    """Grid (COUNT * cdiv(D, BLOCK_D) * (1 + cdiv(R, KB)), splits): per modality and block of columns one program for the
-    projections, then one per KB values of k for the map; each walks its split of the rows.
+    """Grid (COUNT * roles, splits), roles first ... of cdiv(D, BLOCK_D) * (1 + cdiv(R, KB)): per modality and block of columns one program
+    for the projections, then one per KB values of k for the map; each walks its split of the rows.
 
     gradients: float32 [splits, COUNT, LENGTH], the partial g_P [4 R, D], g_p [4 R], g_W [D, R R], g_c [D] in a row.
     """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     K_BLOCKS: tl.constexpr = (R + KB - 1) // KB
-    local = tl.program_id(0) // (D_BLOCKS * (1 + K_BLOCKS))
-    role = tl.program_id(0) % (D_BLOCKS * (1 + K_BLOCKS))
+    local = tl.program_id(0) // roles
+    role = first + tl.program_id(0) % roles
     split = tl.program_id(1).to(tl.int64)
     proj = select(local, projections, COUNT)
     vectors += local.to(tl.int64) * rows_total * (3 * R)
@@ -944,9 +946,10 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
 def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Sequence[Tensor], offsets: Tensor,
              proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor],
              saved: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
-             gated_target: bool, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+             gated_target: bool, into: Sequence[Tensor] | None = None, beside: Branch = here) -> list[Tensor]:
     """grad_out: M [N, D_j]; grad_target: M [N, D_j] or empty; saved: what `forward` returned after out and target; into: M gradients
     that x has from elsewhere, contiguous, in its dtype: those of here are added in place, and they are returned.
+    beside: from `ops.linear.branch`, for the gradients of the parameters.
 
     Returns the gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each, in the dtypes and shapes of those.
     """
@@ -958,7 +961,9 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     proj, average, attention = saved[:m], saved[m:2 * m], saved[2 * m:]
     grad_x = list(into) if into else [torch.empty_like(t) for t in x]
     parameters = [list(proj_weight), list(proj_bias), list(map_weight), list(map_bias)]
-    grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in parameters]
+    grads = [list(kind) for kind in parameters]     # to be replaced
+    if rows == 0 or common.through_library(x[0].dtype, rows):
+        grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in parameters]
     if rows == 0:
         for kind in grads:
             for t in kind:
@@ -967,7 +972,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
 
     meta = constants(x[0].dtype, rank, rows, dialogues)
     tiles = rows // meta["BLOCK_N"] + dialogues
-    splits = min(common.MAX_SPLITS, cdiv(tiles, 4))
+    splits = min(common.MAX_SPLITS, cdiv(tiles, 4) if beside is here else tiles)    # beside, sums of more parts take no time
     float32 = {"dtype": torch.float32}
     sums = x[0].new_empty((m, tiles, rank, rank), **float32)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
@@ -998,12 +1003,28 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
             width, count = x[group[0]].shape[1], len(group)
             length = cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
             gradients = x[0].new_empty((splits, count, length), **float32)
-            roles = cdiv(width, meta["BLOCK_D"]) * (1 + cdiv(rank, meta["KB"]))
-            backward_weights[(count * roles, splits)](
-                mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
-                gradients, dialogues, tiles, rows, splits, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
-                GROUP=group, LENGTH=length, **{**meta, "num_warps": warps})
-            common.reduce(gradients, [mine(kind) for kind in grads])
+            projections = cdiv(width, meta["BLOCK_D"])
+            maps = projections * cdiv(rank, meta["KB"])
+
+            def launch(first: int, roles: int) -> None:
+                backward_weights[(count * roles, splits)](
+                    mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
+                    gradients, dialogues, tiles, rows, splits, first, roles, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
+                    GROUP=group, LENGTH=length, **{**meta, "num_warps": warps})
+
+            def of_parameters(*_: Tensor) -> list[Tensor]:
+                return common.reduced(gradients, [mine(kind) for kind in parameters])
+
+            if beside is here:
+                launch(0, projections + maps)
+                found = of_parameters()
+            else:                           # only the projections have a share in g_x
+                beside(lambda *_: launch(projections, maps) or [], *mine(proj), grad_attention, vectors, gradients)
+                launch(0, projections)
+                found = beside(of_parameters, gradients)
+            for kind, place in zip(grads, range(0, 4 * count, count)):
+                for at, j in enumerate(group):
+                    kind[j] = found[place + at]
     return grad_x + [t for kind in grads for t in kind]
 
 

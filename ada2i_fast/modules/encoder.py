@@ -7,7 +7,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import encoder_layers, linear
+from ..ops import encoder_layers
 from .feature_weighting import parameter
 
 __all__ = ["LSTMEncoder", "TransformerEncoder"]
@@ -33,10 +33,9 @@ class TransformerEncoder(nn.Module):
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """x: [N, d], lengths: rows per dialogue. Returns [N, D]."""
         layers = list(self.transformer_encoder.layers)
-        x = encoder_layers(x, lengths, [_parameters(layer) for layer in layers], heads=self.heads, p=self.dropout if self.training else 0.0,
-                           eps=[(layer.norm1.eps, layer.norm2.eps) for layer in layers],
-                           backend="torch" if self.backend == "torch" else "auto")
-        return linear(x, self.lin_out.weight, self.lin_out.bias, backend=self.backend)
+        return encoder_layers(x, lengths, [_parameters(layer) for layer in layers], heads=self.heads, p=self.dropout if self.training else 0.0,
+                              eps=[(layer.norm1.eps, layer.norm2.eps) for layer in layers], out=(self.lin_out.weight, self.lin_out.bias),
+                              backend="torch" if self.backend == "torch" else "auto")
 
 
 def _parameters(layer: nn.TransformerEncoderLayer) -> list[Tensor]:

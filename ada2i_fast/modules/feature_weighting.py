@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import afw_layer
+from ..ops.linear import branch
 
 __all__ = ["FeatureWeighting", "parameter"]
 
@@ -126,20 +128,20 @@ class FeatureWeighting(nn.Module):
         for j, (x_j, width) in enumerate(zip(x, self.widths)):
             if x_j.dim() != 2 or x_j.shape[1] != width or x_j.shape[0] != x[0].shape[0]:
                 raise ValueError(f"x[{j}]: expected [{x[0].shape[0]}, {width}], got {list(x_j.shape)}")
-        feature_loss = None
+        losses = []
         dropout = self.dropout if self.training else 0.0
-        for layer in _children(self, "layers"):
-            attention, phi = layer._modules["attention"], layer._modules["wmn"]
-            parameters = (*attention.projections(), *attention.maps(), *_parameters(_children(phi, "fc")))
-            # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
-            seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
-            x, loss = afw_layer(
-                x, offsets, *parameters, ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
-                gated_target=self.feature_target == "gated", reduction=self.feature_reduction, with_loss=self.training, rows=rows,
-                backend=self.backend)
-            if loss is not None:
-                feature_loss = loss if feature_loss is None else feature_loss + loss
-        return x, x[0].new_zeros(()) if feature_loss is None else feature_loss
+        with branch(x[0].device) as beside:
+            for layer in _children(self, "layers"):
+                attention, phi = layer._modules["attention"], layer._modules["wmn"]
+                parameters = (*attention.projections(), *attention.maps(), *_parameters(_children(phi, "fc")))
+                # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
+                seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
+                x, loss = afw_layer(
+                    x, offsets, *parameters, ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
+                    gated_target=self.feature_target == "gated", reduction=self.feature_reduction, with_loss=self.training, rows=rows,
+                    backend=self.backend, beside=beside)
+                losses.append(loss)
+        return x, functools.reduce(torch.add, losses) if self.training else x[0].new_zeros(())
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, beta={self.beta}, dropout={self.dropout}, scale={self.scale:.4g}, backend={self.backend!r}"

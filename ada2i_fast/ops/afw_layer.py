@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import backends
 from .attention_mapping import attention_mapping, attention_mapping_torch, beyond, coefficients, masked
 from .dropout import gradients_through
+from .linear import Branch, here
 from .tensor_ring import check_layer, ring_rows, tensor_ring, tensor_ring_torch
 
 __all__ = ["afw_layer", "stacked"]
@@ -55,10 +56,10 @@ class _AFWLayer(torch.autograd.Function):
     """Calls a backend's layer without a registered op between: compiled code takes the two ops."""
 
     @staticmethod
-    def forward(ctx, served, settings, rows, offsets, *tensors):
+    def forward(ctx, served, settings, beside, rows, offsets, *tensors):
         m = len(tensors) // 13
         parameters = _fitting(served, tensors)
-        *out, loss, state = _forward(served, settings, rows, offsets, tensors[:m], parameters)
+        *out, loss, state = _forward(served, settings, beside, rows, offsets, tensors[:m], parameters)
         cast = () if parameters[0] is tensors[m] else parameters
         ctx.set_materialize_grads(False)
         ctx.served, ctx.settings, ctx.kept = served, settings, (13 * m, len(cast))
@@ -80,13 +81,15 @@ class _AFWLayer(torch.autograd.Function):
             if rows is not None and not counted and grad_loss is not None:
                 grad_loss = grad_loss / rows * x[0].shape[0]
             result = layer.backward(grad_out, grad_loss, x, offsets, parameters, state, *ctx.settings, *counted)
-        return None, None, None, None, *result
+        return None, None, None, None, None, *result
 
 
-def _forward(served, settings, rows, offsets, x, parameters) -> list:
+def _forward(served, settings, beside, rows, offsets, x, parameters) -> list:
     """M outputs, the loss, and in a list what backward needs; with `rows` from a backend that can leave the others out."""
     m, layer = len(x), backends.module("afw_layer", served)
-    if rows is None:
+    if beside is not here and served == "triton":
+        result = layer.forward(x, offsets, parameters, *settings, rows, beside)
+    elif rows is None:
         result = layer.forward(x, offsets, parameters, *settings)
     else:
         result = layer.forward(x, offsets, parameters, *settings, rows)
@@ -126,12 +129,13 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
               map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], phi_weight: Sequence[Tensor], phi_bias: Sequence[Tensor], *,
               ring: Sequence[Sequence[int]], scale: float = 1.0, beta: float = 0.0, dropout: float = 0.0, seed: Tensor | None = None,
               gated_target: bool = False, reduction: str = "sum", with_loss: bool = True, rows: Tensor | None = None,
-              backend: str = "auto") -> tuple[list[Tensor], Tensor | None]:
+              backend: str = "auto", beside: Branch = here) -> tuple[list[Tensor], Tensor | None]:
     """A layer of AFW for M modalities: M outputs [N, D_j] and the feature loss, a 0-dimensional tensor, or None without with_loss.
 
     x: M tensors [N, D_j].  proj_weight, proj_bias: 4M tensors [R, D_j] and [R], the projections q1, q2, k1, k2 of modality 0, then of
     1, and so on.  map_weight [D_j, R * R], map_bias [D_j].  phi_weight [D_j, D_j], phi_bias [D_j]: the map of the loss.
     rows: int64 [], on the device of x: only so many rows count for the loss, whose means are over them; the others get no gradient from it.
+    beside: from `linear.branch`; the loss may be read where that ends.
     Everything else, dtypes and errors: as in `tensor_ring` and `attention_mapping`, whose results these are up to rounding: where a backend
     takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
     not at all.
@@ -160,9 +164,9 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
                 coefficients(x, reduction) if with_loss else None)
     if graph:
-        *out, loss = _AFWLayer.apply(served, settings, rows, offsets, *tensors)
+        *out, loss = _AFWLayer.apply(served, settings, beside, rows, offsets, *tensors)
         return out, loss
     if not with_loss:
         return backends.module("afw_layer", served).forward(x, offsets, _fitting(served, tensors), *settings), None
-    *out, loss, _ = _forward(served, settings, rows, offsets, x, _fitting(served, tensors))
+    *out, loss, _ = _forward(served, settings, beside, rows, offsets, x, _fitting(served, tensors))
     return out, loss

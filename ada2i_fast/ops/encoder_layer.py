@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .. import backends, cpu
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
-from .linear import KEPT, branch, linear, product_backward, product_dtype, product_forward
+from .linear import KEPT, Branch, branch, here, linear, product_backward, product_dtype, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
@@ -108,28 +108,65 @@ def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequ
 # -------------------------------------------------------------------------------------------------------------- one node
 
 
-def _forward(x, parameters, where, heads, p, eps, seed, stream, dtype, backend, rounded=None):
+class _Weights:
+    """What the products of layers read, W_qkv, b_qkv, W_o, W_1 and W_2, and behind them what `out` reads, rounded to their dtype: a launch for a
+    layer, or, in a CUDA graph, beside what runs before they are needed."""
+
+    def __init__(self, layers: Sequence[Sequence[Tensor]], out: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._tensors = [[layer[place] for place in (0, 1, 2, 6, 8)] for layer in layers] + [out]
+        self._ready: list[list[Tensor]] = [[] for _ in self._tensors]
+
+    def round(self, i: int, upto: int | None = None, beside: Branch | None = None) -> None:
+        """Of layer i the tensors before place `upto`, but for those that are there."""
+        ready = self._ready[i]
+        missing = self._tensors[i][len(ready):upto]
+        if missing:
+            ready += self._rounded(*missing) if beside is None else beside(self._rounded_one_by_one, *missing)
+
+    def _rounded(self, *tensors: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(t, dtype=self._dtype) for t in tensors]
+        torch._foreach_copy_(found, tensors)
+        return found
+
+    def _rounded_one_by_one(self, *tensors: Tensor) -> list[Tensor]:
+        """More launches, which cost a graph little, of many more threads."""
+        return [t.to(self._dtype) for t in tensors]
+
+    def take(self, i: int) -> list[Tensor]:
+        self.round(i)
+        ready, self._ready[i] = self._ready[i], []
+        return ready
+
+
+def _forward(x, parameters, where, heads, p, eps, seed, stream, dtype, backend, weights=None, i=0, rounded=None):
     """z, z in `dtype` where LayerNorm writes that too, else None, and what `_backward` takes beside x and the parameters.
 
-    where: the dialogues, as the backend takes them.  dtype: of the products.  rounded: x in it, if it is there.
+    where: the dialogues, as the backend takes them.  dtype: of the products.  weights, i: the layers', and the place of this one among them,
+    on CUDA where `dtype` is not that of x.  rounded: x in it, if it is there.
     """
     attention, fused = backends.module("dialogue_attention", backend), backends.module("dropout", backend)
     qkv_weight, qkv_bias, out_weight, out_bias, norm1_weight, norm1_bias, weight1, bias1, weight2, bias2, norm2_weight, norm2_bias = parameters
     own = [None] * 5
     twice = {}
-    if x.is_cuda and dtype != x.dtype:
-        of_products = (qkv_weight, qkv_bias, out_weight, weight1, weight2)
-        own = [torch.empty_like(t, dtype=dtype) for t in of_products]
-        torch._foreach_copy_(own, of_products)
-        twice = {"rounded": dtype}
-    qkv, kept_qkv = product_forward(x, qkv_weight, qkv_bias, False, dtype, (rounded, *own[:2]))
-    mixed, logsum = attention.forward(qkv, where, heads, p, seed, stream)
+    with branch(x.device) as beside:
+        if weights is not None:
+            if beside is not here:
+                weights.round(i, 2, here)
+                weights.round(i, None, beside)
+            own, twice = weights.take(i), {"rounded": dtype}
+        qkv, kept_qkv = product_forward(x, qkv_weight, qkv_bias, False, dtype, (rounded, *own[:2]))
+        mixed, logsum = attention.forward(qkv, where, heads, p, seed, stream)
     stream += heads
-    outer, kept_out = product_forward(mixed, out_weight, None, False, dtype, (None, own[2], None))
-    y, mean1, rstd1, *rounded = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream, **twice)
-    inner, kept_1 = product_forward(y, weight1, bias1, False, dtype, (rounded[0] if rounded else None, own[3], None), (p, seed, stream + 1, backend))
-    last, kept_2 = product_forward(inner, weight2, None, False, dtype, (None, own[4], None))
-    z, mean2, rstd2, *rounded = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2, **twice)
+    with branch(x.device) as beside:
+        if weights is not None and beside is not here:
+            weights.round(i + 1, None, beside)
+        outer, kept_out = product_forward(mixed, out_weight, None, False, dtype, (None, own[2], None))
+        y, mean1, rstd1, *rounded = fused.norm_forward(outer, out_bias, x, norm1_weight, norm1_bias, p, eps[0], seed, stream, **twice)
+        inner, kept_1 = product_forward(y, weight1, bias1, False, dtype, (rounded[0] if rounded else None, own[3], None),
+                                        (p, seed, stream + 1, backend))
+        last, kept_2 = product_forward(inner, weight2, None, False, dtype, (None, own[4], None))
+        z, mean2, rstd2, *rounded = fused.norm_forward(last, bias2, y, norm2_weight, norm2_bias, p, eps[1], seed, stream + 2, **twice)
     return z, rounded[0] if rounded else None, (*kept_qkv, qkv, mixed, logsum, *kept_out, outer, mean1, rstd1, *kept_1, inner, *kept_2, last,
                                                 y, mean2, rstd2)
 
@@ -138,9 +175,10 @@ def _backward(grad, needs, saved, where, heads, p, seed, stream, backend, beside
     """Gradients of x and the parameters, None from where on no gradient is needed.
 
     needs: of each.  saved: a list of x, the parameters and what `_forward` gave, which this takes apart from its end, so that what has
-    served is free for what is still to come.  beside: for `product_backward`.
+    served is free for what is still to come.  beside: from `branch`, for the gradients of parameters.
     """
     attention, fused = backends.module("dialogue_attention", backend), backends.module("dropout", backend)
+    sums = {"beside": beside} if grad.is_cuda else {}
     x, _, qkv_bias, _, out_bias, norm1_weight, _, _, _, _, bias2, norm2_weight, _ = saved[:13]
 
     def taken(number: int) -> list[Tensor | None]:
@@ -150,17 +188,17 @@ def _backward(grad, needs, saved, where, heads, p, seed, stream, backend, beside
 
     found: list[Tensor | None] = [None] * 13
     last, y, *moments = taken(4)
-    g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, *moments, p, seed, stream + heads + 2)
+    g, found[10], g_y, found[11], found[12] = fused.norm_backward(grad, last, bias2, y, norm2_weight, *moments, p, seed, stream + heads + 2, **sums)
     del last, y
     g, found[9], _ = product_backward(g, taken(KEPT), any(needs[:9]), needs[9], False, None, None, beside)
     if g is None:
         return found
-    g, found[8] = fused.relu_backward(g, *taken(1), p)
+    g, found[8] = fused.relu_backward(g, *taken(1), p, **sums)
     g, found[7], _ = product_backward(g, taken(KEPT), any(needs[:7]), needs[7], False, None, g_y, beside)
     if g is None:
         return found
     outer, *moments = taken(3)
-    g, found[4], g_x, found[5], found[6] = fused.norm_backward(g, outer, out_bias, x, norm1_weight, *moments, p, seed, stream + heads)
+    g, found[4], g_x, found[5], found[6] = fused.norm_backward(g, outer, out_bias, x, norm1_weight, *moments, p, seed, stream + heads, **sums)
     del outer, g_y
     g, found[3], _ = product_backward(g, taken(KEPT), any(needs[:3]), needs[3], False, None, None, beside)
     if g is None:
@@ -174,8 +212,8 @@ class _EncoderLayer(torch.autograd.Function):
     """Returns z, and z as the next layer's products take it, without a gradient, or None."""
 
     @staticmethod
-    def forward(ctx, lengths, rounded, settings, x, *parameters):
-        z, twice, kept = _forward(x, parameters, *settings, rounded)
+    def forward(ctx, lengths, state, settings, x, *parameters):
+        z, twice, kept = _forward(x, parameters, *settings, *state)
         ctx.settings = (lengths, *settings)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, *kept)
@@ -205,8 +243,8 @@ class _EncoderLayer(torch.autograd.Function):
 
 def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: Sequence[Sequence[Tensor]], *, heads: int, p: float = 0.0,
                    eps: Sequence[Sequence[float]] | None = None, seed: Tensor | None = None, stream: int = 0,
-                   backend: str = "auto") -> Tensor:
-    """Layer after layer. Returns [N, d] in the dtype of x.
+                   out: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> Tensor:
+    """Layer after layer, then `linear` with the weight and bias `out`, if there are any. Returns [N, d] in the dtype of x, or what `linear` does.
 
     x: [N, d].  lengths: as in `dialogue_attention`.  layers: for each its twelve parameters in the order of the equations, W_qkv [3 d, d],
     b_qkv [3 d], W_o [d, d], b_o [d], weight and bias [d] of norm1, W_1 [f, d], b_1 [f], W_2 [d, f], b_2 [d], weight and bias [d] of norm2.
@@ -240,6 +278,9 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         check_sizes(x.shape[0], 3 * x.shape[1], None if on_device else lengths, heads)
         where = backends.module("dialogue_attention", "cpu").starts(lengths) if dropout == "cpu" else lengths.offsets if on_device else list(lengths)
     rounded = None
+    weights = None
+    if dtype is not None and x.is_cuda and dtype != x.dtype:
+        weights = _Weights(layers, out or (), dtype)
     # Calls that wait hold what they take and give: without gradients more than is needed, too much where layers are large.
     waiting = dropout == "cpu" and (dtype is not None or own and torch.is_grad_enabled())
     with cpu.together() if waiting else contextlib.nullcontext():
@@ -250,10 +291,13 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
                 continue
             settings = (where, heads, p, norms, seed, at, dtype, dropout)
             if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
-                x, rounded = _EncoderLayer.apply(lengths, rounded, settings, x, *parameters)
+                x, rounded = _EncoderLayer.apply(lengths, (weights, i, rounded), settings, x, *parameters)
             else:
-                x, rounded, _ = _forward(x, parameters, *settings, rounded)
-    return x
+                x, rounded, _ = _forward(x, parameters, *settings, weights, i, rounded)
+    if out is None:
+        return x
+    of_products = (None,) * 3 if weights is None or layers and rounded is None else (rounded, *weights.take(len(layers)))
+    return linear(x, *out, backend="torch" if backend == "torch" else "auto", rounded=of_products)
 
 
 def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]], backend: str) -> torch.dtype | None:

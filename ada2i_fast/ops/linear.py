@@ -27,7 +27,7 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["KEPT", "branch", "linear", "product_backward", "product_dtype", "product_forward"]
+__all__ = ["KEPT", "Branches", "branch", "here", "linear", "product_backward", "product_dtype", "product_forward"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -275,7 +275,7 @@ def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
     return y, (x, weight, rounded_x, rounded_weight, y if relu else None)
 
 
-Branch = Callable[..., Tensor]          # calls its first argument with the others, which are tensors
+Branch = Callable[..., Any]             # calls its first argument with the others, which are tensors
 
 
 def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool, needs_weight: bool, needs_bias: bool,
@@ -294,7 +294,7 @@ def product_backward(grad: Tensor, kept: Sequence[Tensor | None], needs_x: bool,
         grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0, dtype=bias_dtype) if needs_bias else None
     if grad.is_cuda:
-        beside = beside or _here
+        beside = beside or here
         grad_weight = beside(lambda g, t: _multiplied(g.t(), t, weight.dtype), grad, rounded_x) if needs_weight else None
         grad_bias = beside(lambda g: _multiplied(g.new_ones(1, g.shape[0]), g, bias_dtype)[0], grad) if needs_bias else None
         return _multiplied(grad, rounded_weight, x.dtype, into) if needs_x else None, grad_weight, grad_bias
@@ -320,10 +320,11 @@ def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype, into: Tensor | None = 
     """a b in `dtype`, one that both have or float32; added to `into`, of that dtype too, if there is one."""
     if dtype == a.dtype:
         return a.mm(b) if into is None else into.addmm_(a, b)
-    return torch.mm(a, b, out_dtype=dtype) if into is None else torch.addmm(into, a, b, out_dtype=dtype)
+    return torch.mm(a, b, out_dtype=dtype) if into is None else torch.addmm(into, a, b, out_dtype=dtype, out=into)
 
 
-def _here(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def here(call: Callable[..., Any], *tensors: Tensor) -> Any:
+    """The `Branch` that is none."""
     return call(*tensors)
 
 
@@ -333,41 +334,101 @@ def _side(device: torch.device, stream: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=0)
 
 
-@contextlib.contextmanager
-def branch(device: torch.device) -> Iterator[Branch]:
-    """For gradients of parameters, which nothing in backward waits for: where a CUDA graph is captured, what the yielded function is given to
-    call becomes a branch of its own, which ends where the context does. Elsewhere it is called at once: more streams would only take the host
-    longer."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield _here
-        return
-    main = torch.cuda.current_stream(device)
-    side, kept = _side(device, main.cuda_stream), []
+class Branches:
+    """`with Branches.joined(device) as branches`: each `branch` begun inside ends where this context does, instead of its own.
 
-    def run(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        kept.append(tensors)                                    # or their memory could be given away on `main` before `side` has read them
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            return call(*tensors)
+    For a backward pass whose gradients nobody reads before. Autograd hands a gradient on to its parameter without a launch, unless it has to
+    add to one, or calls a hook, or the parameter is made from others: `all_in` says afterwards whether all went the short way.
+    """
 
-    yield run
-    main.wait_stream(side)
+    _open: Branches | None = None           # one capture at a time; backward runs on another thread
+
+    def __init__(self) -> None:
+        self._sides: set[torch.cuda.Stream] = set()
+        self._kept: list[tuple[Tensor, ...]] = []
+        self._made: list[int] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Branches]:
+        branches = cls._open = cls()
+        try:
+            yield branches
+        finally:
+            cls._open = None
+        main = torch.cuda.current_stream(device)
+        for side in branches._sides:
+            main.wait_stream(side)
+        branches._kept.clear()
+
+    def all_in(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether everything that was made beside lies in these."""
+        made = set(self._made)                                  # smaller where memory was given away again
+        return len(made) == len(self._made) and made <= {_address(t) for t in gradients if t is not None}
+
+    def _take(self, side: torch.cuda.Stream, kept: list[tuple[Tensor, ...]], made: list[int]) -> None:
+        self._sides.add(side)
+        self._kept += kept
+        self._made += made
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+class branch:
+    """`with branch(device) as beside`: for what the rest does not wait for, such as gradients of parameters in backward.
+
+    Where a CUDA graph is captured, what `beside` is given to call becomes a branch of its own, which ends where the context does, or where
+    `Branches.joined` around it does. Elsewhere it is `here`, which calls at once: more streams would only take the host longer. Calls make the
+    tensors that they return, and take all others as arguments.
+    """
+
+    __slots__ = ("_device", "_main", "_side", "_kept", "_made")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._kept = device, None
+
+    def __enter__(self) -> Branch:
+        if self._device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+            return here
+        self._main = torch.cuda.current_stream(self._device)
+        self._side = _side(self._device, self._main.cuda_stream)
+        self._kept: list[tuple[Tensor, ...]] = []
+        self._made: list[int] = []
+        return self._beside
+
+    def _beside(self, call: Callable[..., Any], *tensors: Tensor) -> Any:
+        self._kept.append(tensors)                              # or their memory could be given away on `main` before `side` has read them
+        self._side.wait_stream(self._main)
+        with torch.cuda.stream(self._side):
+            found = call(*tensors)
+        # Addresses: autograd copies a gradient that anybody else holds.
+        self._made += [_address(t) for t in ([found] if isinstance(found, Tensor) else found)]
+        return found
+
+    def __exit__(self, *_) -> None:
+        if self._kept:
+            if Branches._open is None:
+                self._main.wait_stream(self._side)
+            else:
+                Branches._open._take(self._side, self._kept, self._made)
 
 
 class _Linear(torch.autograd.Function):
     """dtype: that of the products."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, relu, dtype):
-        y, kept = product_forward(x, weight, bias, relu, dtype)
+    def forward(ctx, x, weight, bias, relu, dtype, rounded):
+        y, kept = product_forward(x, weight, bias, relu, dtype, rounded)
         ctx.save_for_backward(*kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
-            return *product_backward(grad, ctx.saved_tensors, *ctx.needs_input_grad[:3], ctx.bias_dtype), None, None
+        with torch.autocast(grad.device.type, enabled=False), branch(grad.device) as beside:
+            return *product_backward(grad, ctx.saved_tensors, *ctx.needs_input_grad[:3], ctx.bias_dtype, beside=beside), None, None, None
 
 
 def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -382,10 +443,11 @@ def product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype
     return torch.float32 if x.dtype == weight.dtype == torch.float32 else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False, backend: str = "auto") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False, backend: str = "auto",
+           rounded: Sequence[Tensor | None] = (None, None, None)) -> Tensor:
     """x: [N, K]; weight: [L, K]; bias: [L] or None; relu: max(0, .) of the result. Returns [N, L].
 
-    backend: "torch" is plain `F.linear`; "auto" and the others take the fastest library of the tensors' device. Under autocast
+    rounded: x, weight and bias in autocast's dtype, where somebody has them already.  backend: "torch" is plain `F.linear`; "auto" and the others take the fastest library of the tensors' device. Under autocast
     the result has autocast's dtype.
     """
     dtype = None if backend == "torch" else product_dtype(x, weight, bias)
@@ -395,5 +457,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
         y = F.linear(x, weight, bias)
         return F.relu(y) if relu else y
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias, relu, dtype)
-    return product_forward(x, weight, bias, relu, dtype)[0]
+        return _Linear.apply(x, weight, bias, relu, dtype, rounded)
+    return product_forward(x, weight, bias, relu, dtype, rounded)[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..balance import modulation_coefficients
 from ..batch import DialogueBatch, FixedBatch
 from ..model import Ada2I
-from ..ops.linear import branch
+from ..ops.linear import Branches, branch
 from ..optim import BalancedAdam
 
 __all__ = ["GraphedStep", "StepResult"]
@@ -85,6 +85,7 @@ class GraphedStep:
         self._pool = None
         self._failed: str | None = None
         self._branches = len(model.config.modalities) > 1
+        self._late = True           # gradients of parameters may be branches that end behind backward
         if mode == "graph" and (reason := self.why_not()):
             raise RuntimeError(f"no CUDA graphs: {reason}")
 
@@ -174,9 +175,19 @@ class GraphedStep:
             out = self.model(batch)
         with branch(self.device) as beside:                     # backward does not wait for what is only looked at
             head = beside(functools.partial(self._observed, modulate), out.loss.detach(), out.feature_loss.detach(), *[rho.detach() for rho in out.ratio.values()])
-            out.loss.backward()
+            self._backward(out.loss)
             self.optimizer.step(out.ratio if modulate else None)
         return torch.cat((head, self.optimizer.last_norm.to(head).reshape(1)))
+
+    def _backward(self, loss: Tensor) -> None:
+        parameters = [*self.model.parameters()]
+        if not self._late or not loss.is_cuda or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            loss.backward()
+            return
+        with Branches.joined(self.device) as branches:
+            loss.backward()
+        if not branches.all_in([p.grad for p in parameters]):
+            raise RuntimeError("gradients of parameters are needed before backward ends")
 
     def _observed(self, modulate: bool, loss: Tensor, feature_loss: Tensor, *ratios: Tensor) -> Tensor:
         ratio = torch.stack(ratios)
@@ -197,13 +208,14 @@ class GraphedStep:
             self._pool = torch.cuda.graph_pool_handle()
         before = self.model.side_by_side
         try:
-            self.model.side_by_side = self._branches
-            self._capture_once(captured, modulate)
-        except RuntimeError:
-            if not self._branches:
-                raise
-            self._branches = self.model.side_by_side = False
-            self._capture_once(captured, modulate)
+            while True:
+                self.model.side_by_side = self._branches
+                try:
+                    return self._capture_once(captured, modulate)
+                except RuntimeError:
+                    if not self._late and not self._branches:
+                        raise
+                    self._late, self._branches = False, self._branches and self._late
         finally:
             self.model.side_by_side = before
             self.optimizer.zero_grad()
@@ -223,7 +235,8 @@ class GraphedStep:
             self.optimizer.refresh()
             self.optimizer.zero_grad()                      # so that the graph's gradients live in its own memory
             captured.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured.graph, pool=self._pool):
+            # Before what `branch` puts beside it.
+            with torch.cuda.graph(captured.graph, pool=self._pool, stream=torch.cuda.Stream(device, priority=-1)):
                 captured.result = self._step(captured.batch, modulate)
                 self.optimizer.zero_grad()                  # their memory is free for the next bucket
             captured.table = self.optimizer.table

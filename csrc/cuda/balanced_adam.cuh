@@ -213,9 +213,10 @@ __device__ __forceinline__ void normal_octet(uint64_t seed, uint64_t number, uin
     for (int e = 0; e < 4; ++e) normal_pair(a[e], b[e], noise[0][e], noise[1][e]);
 }
 
-// Block: a chunk. A thread takes eight elements at a time, four and their partners in the noise.
+// Block: a chunk, from the last on: of the gradients the caches hold what measure_kernel has read last. A thread takes eight elements at a
+// time, four and their partners in the noise, which it makes while they are on their way.
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ AdamTensors a) {
-    const int chunk = blockIdx.x, tensor = tensor_of(a, chunk);
+    const int chunk = gridDim.x - 1 - blockIdx.x, tensor = tensor_of(a, chunk);
     const int64_t first = static_cast<int64_t>(chunk - a.first_chunk[tensor]) * kAdamChunk, left = a.size[tensor] - first;
     float* const p = a.param[tensor] + first;
     const float* const g = a.grad[tensor] + first;
@@ -230,28 +231,33 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     for (int unit = threadIdx.x; unit < kAdamChunk / 8; unit += kThreads) {
         const int at = unit / 4 * 32 + unit % 4 * 4;
         if (at >= left) break;
+        float theta[2][4], gradient[2][4], average[2][4], second[2][4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int d = at + half * kPairs;
+            const int64_t valid = left - d;
+            load<4>(p + d, valid, vector, theta[half]);
+            load<4>(g + d, valid, vector, gradient[half]);
+            load<4>(m + d, valid, vector, average[half]);
+            load<4>(v + d, valid, vector, second[half]);
+        }
         float noise[2][4] = {};
         if (noisy) normal_octet(seed, a.number[tensor], step, first + at, noise);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int d = at + half * kPairs;
             const int64_t valid = left - d;
-            float theta[4], gradient[4], average[4], second[4];
-            load<4>(p + d, valid, vector, theta);
-            load<4>(g + d, valid, vector, gradient);
-            load<4>(m + d, valid, vector, average);
-            load<4>(v + d, valid, vector, second);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float x = gradient[e] * factor + noise[half][e] * to_gradient + theta[e] * decay;
-                average[e] += (x - average[e]) * a.forget1;
-                second[e] = second[e] * a.beta2 + x * x * a.forget2;
-                theta[e] -= rate * average[e] / (sqrtf(second[e]) * root + a.eps);
-                theta[e] += noise[half][e] * to_parameter;
+                const float x = gradient[half][e] * factor + noise[half][e] * to_gradient + theta[half][e] * decay;
+                average[half][e] += (x - average[half][e]) * a.forget1;
+                second[half][e] = second[half][e] * a.beta2 + x * x * a.forget2;
+                theta[half][e] -= rate * average[half][e] / (sqrtf(second[half][e]) * root + a.eps);
+                theta[half][e] += noise[half][e] * to_parameter;
             }
-            store<4>(p + d, valid, vector, theta);
-            store<4>(m + d, valid, vector, average);
-            store<4>(v + d, valid, vector, second);
+            store<4>(p + d, valid, vector, theta[half]);
+            store<4>(m + d, valid, vector, average[half]);
+            store<4>(v + d, valid, vector, second[half]);
         }
     }
 }

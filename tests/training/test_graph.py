@@ -271,7 +271,7 @@ def pretend(monkeypatch):
     captures = []
 
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, stream):
         assert pool == "pool"
         captures.append(graph)
         step = captures.step
@@ -287,7 +287,7 @@ def pretend(monkeypatch):
 
     captures = Captures()
     side = type("Stream", (), {"wait_stream": lambda self, other: None})
-    for name, value in dict(graph=capture, CUDAGraph=PretendGraph, graph_pool_handle=lambda: "pool", Stream=lambda device: side(),
+    for name, value in dict(graph=capture, CUDAGraph=PretendGraph, graph_pool_handle=lambda: "pool", Stream=lambda device, priority=0: side(),
                             current_stream=lambda device: side(), stream=contextlib.nullcontext, device=contextlib.nullcontext).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(GraphedStep, "why_not", lambda self: self._failed or self._why_not_fixed())
@@ -324,7 +324,7 @@ def test_a_loaded_state_is_captured_anew(pretend):
 
 @NATIVE
 def test_a_failed_capture_is_told_once(pretend, monkeypatch):
-    def fail(graph, pool):
+    def fail(graph, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(torch.cuda, "graph", fail)
