@@ -13,6 +13,8 @@ From `common.LIBRARY_ROWS` rows on the products go through the library:
 
     distance           of Phi x, which the library makes, to the target; its sign
     expand_signs       S in the dtype of x, g_target, partial g_phi; library: g_x = S (c Phi), g_Phi = S^T x
+    split_rows         x and c Phi as sums of PARTS bfloat16, which have all of a float's bits: for "ieee" products, for which S is written PARTS
+                       times side by side. The tensor cores multiply these exactly, at three times the rate of float32; what is no number is NaN
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from . import common
 from .common import column_tile, rounded, select
 
 FLAT = 2048                         # elements per program of `distance`
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs`
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs` and `split_rows`
+PARTS = 3
+SPLITS = 16                         # of the rows in g_Phi: its few tiles alone would leave most multiprocessors idle
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -173,21 +177,47 @@ def distance(mapped, target, bias, sign, losses, counted, rows_total, first, las
     tl.store(losses + place + tl.program_id(0), coefficient * tl.sum(tl.where(inside, tl.abs(difference), 0.0)))
 
 
-@triton.jit(do_not_specialize=["first", "last"])
-def expand_signs(factor, sign, grad_target, signs, sums, first, last, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S of the rows first ... last - 1 in the dtype of x, g_target = -c S, sums of S over blocks of rows. Grid: see `column_tile`.
+@triton.jit(do_not_specialize=["first", "last", "padded"])
+def expand_signs(factor, sign, grad_target, signs, sums, first, last, padded, D: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """S of the rows first ... last - 1 in the type of signs, g_target = -c S, sums of S over blocks of rows.
 
-    factor: c, float32, 0-dimensional. signs: [last - first, D]. sums: float32 [cdiv(N, BLOCK_N), D]; first % BLOCK_N == 0.
+    factor: c, float32, 0-dimensional. signs: [padded, COPIES * COLUMNS], COPIES times S with zeros behind it; zeros from last - first on.
+    sums: float32 [cdiv(N, BLOCK_N), D]; first % BLOCK_N == 0. Grid: `column_tile` of first ... first + padded and COLUMNS.
     """
-    rows, d0 = column_tile(first, last, D, BLOCK_N, BLOCK_D)
+    rows, d0 = column_tile(first, first + padded, COLUMNS, BLOCK_N, BLOCK_D)
     d = d0 + tl.arange(0, BLOCK_D)
     at = rows[:, None] * D + d[None, :]
     mask = (rows < last)[:, None] & (d < D)[None, :]
     s = tl.load(sign + at, mask=mask, other=0).to(tl.float32)
     tl.store(grad_target + at, (-tl.load(factor) * s).to(grad_target.dtype.element_ty), mask=mask)
-    tl.store(signs + at - first.to(tl.int64) * D, s.to(signs.dtype.element_ty), mask=mask)
-    block = tl.min(rows, axis=0) // BLOCK_N
-    tl.store(sums + block * D + d, tl.sum(s, axis=0), mask=d < D)
+    local = rows - first
+    for copy in tl.static_range(COPIES):
+        tl.store(signs + local[:, None] * (COPIES * COLUMNS) + (copy * COLUMNS + d)[None, :], s.to(signs.dtype.element_ty),
+                 mask=(local < padded)[:, None] & (d < COLUMNS)[None, :])
+    row = tl.min(rows, axis=0)
+    if row < last:
+        tl.store(sums + row // BLOCK_N * D + d, tl.sum(s, axis=0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["first", "last", "padded"])
+def split_rows(source, factor, parts, first, last, padded, ROW_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, D: tl.constexpr,
+               COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """source (times factor, if there is one), float32, rows first ... last - 1 and D columns, as a sum of PARTS bfloat16, zeros around it.
+
+    parts: [padded, PARTS * COLUMNS], part after part. Grid as `expand_signs`.
+    """
+    rows, d0 = column_tile(first, first + padded, COLUMNS, BLOCK_N, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_D)
+    rest = tl.load(source + rows[:, None] * ROW_STRIDE + d[None, :] * COLUMN_STRIDE, mask=(rows < last)[:, None] & (d < D)[None, :], other=0.0)
+    if factor is not None:
+        rest *= tl.load(factor)
+    local = rows - first
+    for part in tl.static_range(PARTS):
+        value = rounded(rest, tl.bfloat16)
+        tl.store(parts + local[:, None] * (PARTS * COLUMNS) + (part * COLUMNS + d)[None, :], value,
+                 mask=(local < padded)[:, None] & (d < COLUMNS)[None, :])
+        rest -= value.to(tl.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- forward launcher
@@ -315,6 +345,8 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
     """Fills the gradients. c joins Phi before the product; in float16, where it would underflow, the float32 product instead."""
     rows, dtype = x[0].shape[0], x[0].dtype
     late = dtype == torch.float16
+    if common.precision(dtype) == "ieee":
+        return backward_in_parts(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
     float32 = {"dtype": torch.float32}
     factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
     with common.device_of(x[0]):
@@ -333,8 +365,8 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
             for place, (first, last) in enumerate(ranges):
                 n = last - first
                 expand_signs[(common.cdiv(n, BLOCK_ROWS) * common.cdiv(width, BLOCK_COLUMNS),)](
-                    factor, sign[j], grad_target[j], signs, sums, first, last, D=width, BLOCK_N=BLOCK_ROWS, BLOCK_D=BLOCK_COLUMNS,
-                    num_warps=4, enable_fp_fusion=True)
+                    factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=width, COPIES=1, BLOCK_N=BLOCK_ROWS,
+                    BLOCK_D=BLOCK_COLUMNS, num_warps=4, enable_fp_fusion=True)
                 if late:
                     common.product(signs[:n], right, unscaled[:n])
                     torch.mul(unscaled[:n], factor, out=grad_x[j][first:last])
@@ -342,6 +374,40 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
                     common.product(signs[:n], right, grad_x[j][first:last])
                 common.product(signs[:n].t(), x[j][first:last], grad_phi[place])
             torch.mul(common.total(grad_phi), factor, out=grad_weight[j])
+            torch.mul(sums.sum(0), factor, out=grad_bias[j])
+
+
+def backward_in_parts(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], weight: list[Tensor], coefficient: Sequence[float],
+                      grad_x: list[Tensor], grad_target: list[Tensor], grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
+    """The same in float32 on tensor cores."""
+    rows = x[0].shape[0]
+    factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
+    tile = {"BLOCK_N": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
+    with common.device_of(x[0]):
+        for j, c in enumerate(coefficient):
+            width, factor = x[j].shape[1], factors[c]
+            columns = common.padded(width)
+            wide = PARTS * columns
+            ranges = common.chunks(rows, 2 * wide)
+            most = common.cdiv(ranges[0][1], 8 * SPLITS) * 8 * SPLITS
+            signs, parts = (x[j].new_empty((most, wide), dtype=torch.bfloat16) for _ in range(2))
+            sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width))
+            # Whole rows and columns of 8 throughout: with fewer the library takes kernels of several times the time.
+            grad_phi = x[j].new_empty((len(ranges), SPLITS, columns, wide))
+            right = x[j].new_empty((width, wide), dtype=torch.bfloat16)     # (c Phi)^T
+            blocks = common.cdiv(columns, BLOCK_COLUMNS)
+            split_rows[(common.cdiv(width, BLOCK_ROWS) * blocks,)](
+                weight[j], factor, right, 0, width, width, ROW_STRIDE=1, COLUMN_STRIDE=width, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
+            for place, (first, last) in enumerate(ranges):
+                n = common.cdiv(last - first, 8 * SPLITS) * 8 * SPLITS
+                grid = (common.cdiv(n, BLOCK_ROWS) * blocks,)
+                expand_signs[grid](factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=PARTS, **tile)
+                split_rows[grid](x[j], None, parts, first, last, n, ROW_STRIDE=width, COLUMN_STRIDE=1, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
+                common.product(signs[:last - first], right.t(), grad_x[j][first:last])
+                left = signs[:n].view(SPLITS, n // SPLITS, wide)[:, :, :columns]
+                common.product(left.transpose(1, 2), parts[:n].view(SPLITS, n // SPLITS, wide), grad_phi[place])
+            of_parts = grad_phi.view(-1, columns, PARTS, columns)[:, :width, :, :width]
+            torch.mul(of_parts.sum((0, 2)), factor, out=grad_weight[j])
             torch.mul(sums.sum(0), factor, out=grad_bias[j])
 
 

@@ -270,6 +270,11 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         multiply(a, b, out_dtype=out.dtype, out=out)
 
 
+def padded(columns: int) -> int:
+    """Row length that suits the library's 16-bit products."""
+    return cdiv(columns, 8) * 8
+
+
 def total(parts: Tensor) -> Tensor:
     """The sum over the first dimension."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)

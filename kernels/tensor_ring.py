@@ -863,7 +863,7 @@ def forward(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor],
 
 def attention_stacks(x: Sequence[Tensor], together: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Per group [COUNT, rows, D] for one product: multiples of 8 rows, so that each modality's part is aligned whatever N is."""
-    return [x[group[0]].new_empty((len(group), padded(x[0].shape[0]), x[group[0]].shape[1])) for group in together]
+    return [x[group[0]].new_empty((len(group), common.padded(x[0].shape[0]), x[group[0]].shape[1])) for group in together]
 
 
 def taken_apart(stacks: Sequence[Tensor], together: Sequence[tuple[int, ...]], rows: int) -> list[Tensor]:
@@ -885,7 +885,7 @@ def packed_maps(group: Sequence[int], x: Sequence[Tensor], map_weight: Sequence[
                 proj_weight: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
     """[W, c, 0 ..] [COUNT, D, multiple of 8], and, of those given, P [4 R, D] each, in the dtype of x."""
     mine, like = partial(common.pick, group), x[group[0]]
-    count, width, columns, block = len(group), like.shape[1], padded(rank * rank + 1), 1024
+    count, width, columns, block = len(group), like.shape[1], common.padded(rank * rank + 1), 1024
     maps = like.new_empty((count, width, columns))
     narrowed = mine(proj_weight) if proj_weight else ()
     blocks = cdiv(width * columns, block)
@@ -1049,7 +1049,7 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         packed, weights = packed_maps(group, x, map_weight, map_bias, rank, proj_weight)
         right.update(zip(group, weights))
         _, width, columns = packed.shape
-        stride = padded(width)
+        stride = common.padded(width)
         ranges = common.chunks(rows, like.element_size() * max(stride, columns))
         most = cdiv(ranges[0][1], SPLITS) * SPLITS
         gradients_scratch, products_scratch, factors_scratch = (
@@ -1081,7 +1081,7 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         sum_cores[(tiles, m)](tuple(proj), vectors, offsets, sums, dialogues, tiles, rows, M=m, num_warps=4, **parts, **small)
         average_cores[(dialogues, m)](sums, offsets, tuple(average), grad_average, dialogues, tiles, scale, M=m, PATH=ring_path(ring, m),
                                       num_warps=4, **parts, **small)
-    stride = padded(4 * rank)
+    stride = common.padded(4 * rank)
     grad_proj = x[0].new_empty((m, rows, stride))
     biases = x[0].new_empty((tiles, m, 4 * rank), **float32)
     core_gradients[(tiles, m)](tuple(proj), vectors, offsets, tuple(average), grad_average, grad_proj, biases, dialogues, tiles, rows,
@@ -1096,11 +1096,6 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         common.product(g_q.t(), x[j], sums_of[j])
     if sums_of is not grads[0]:
         torch._foreach_copy_(grads[0], sums_of)
-
-
-def padded(columns: int) -> int:
-    """Row length that suits the library's 16-bit products."""
-    return cdiv(columns, 8) * 8
 
 
 class Constants(dict):

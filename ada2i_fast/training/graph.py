@@ -216,6 +216,7 @@ class GraphedStep:
                     if not self._late and not self._branches:
                         raise
                     self._late, self._branches = False, self._branches and self._late
+                    self._pool = torch.cuda.graph_pool_handle()     # that of a failed capture may be gone
         finally:
             self.model.side_by_side = before
             self.optimizer.zero_grad()

@@ -40,11 +40,13 @@ FLOOR = {torch.float32: 4, torch.float16: 1, torch.bfloat16: 2}      # units in 
 
 # name: (dtype, widths, rank, lengths, settings). ring "list": the others in list order; "ring": once around.
 # parameters: their dtype, where not that of x; the yardsticks take them rounded to that of x. into: gradients of x from elsewhere.
+# beside: the gradients of the parameters apart from the rest, as in a CUDA graph.
 RING = {
     "three-modalities": ("float32", [14, 14, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list", into=True)),
     "one-modality-rank-1": ("float32", [7], 1, [3, 4], dict()),
     "two-widths": ("float32", [40, 7], 11, [17, 1, 0, 0, 30], dict(dropout=0.3)),
     "four-modalities": ("float32", [14, 7, 14, 7], 6, [5, 2], dict(dropout=0.1)),
+    "beside": ("float32", [70, 14, 70], 10, [40, 0, 1, 7], dict(dropout=0.5, into=True, beside=True)),
     "several-column-blocks": ("float32", [70, 70], 16, [40], dict(gated=True, dropout=0.5)),
     "no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
     "into-no-target": ("float32", [14, 7, 14], 3, [9, 8], dict(target=False, into=True)),
@@ -92,6 +94,7 @@ MAPPING = {
     "mapping": ("float32", [14, 14, 14], 31, "sum", dict()),
     "mapping-two-widths": ("float32", [70, 9], 140, "mean", dict()),
     "mapping-one-row": ("float32", [40], 1, "sum", dict()),
+    "mapping-beside": ("float32", [70, 9, 70], 140, "sum", dict(beside=True)),
     "mapping-float16": ("float16", [70, 9], 70, "sum", dict()),
     "mapping-bfloat16": ("bfloat16", [40, 40], 33, "mean", dict()),
     "mapping-bfloat16-mixed": ("bfloat16", [40, 9], 70, "mean", dict(parameters="float32")),
@@ -100,6 +103,7 @@ LIBRARY_MAPPING = {
     "library-mapping": ("float32", [14, 14, 14], 31, "sum", dict()),
     "library-mapping-two-widths": ("float32", [70, 9], 140, "mean", dict(chunks=True)),
     "library-mapping-one-row": ("float32", [40], 1, "sum", dict()),
+    "library-mapping-large": ("float32", [14, 14], 31, "sum", dict(size=1e4)),
     "library-mapping-tf32": ("float32", [70, 9], 70, "sum", dict(tf32=True)),
     "library-mapping-float16": ("float16", [70, 9], 70, "sum", dict(chunks=True)),
     "library-mapping-bfloat16": ("bfloat16", [40, 40], 133, "mean", dict()),
@@ -234,6 +238,10 @@ class Checks(list):
         self.append([what, 0.0 if holds else float("inf"), 0.0])
 
 
+def beside(settings: dict) -> dict:
+    return {"beside": lambda call, *tensors: call(*tensors)} if settings.get("beside") else {}
+
+
 def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths: list[int], settings: dict) -> None:
     from ada2i_fast.kernels import common, tensor_ring
     from ada2i_fast.ops.tensor_ring import tensor_ring_torch
@@ -293,7 +301,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         checks.true("the attention is returned once", with_target and not gated and
                     all(a is b for a, b in zip(result[m:2 * m], saved[2 * m:])) or gated or not with_target)
         grads = tensor_ring.backward([inside_nan(t) for t in grad_out], [inside_nan(t) for t in grad_target], given[0],
-                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated, into_in)
+                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated, into_in, **beside(settings))
     checks.true("added in place", not into or all(a is b for a, b in zip(grads, into_in)))
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("saved averages", all(t.dtype == torch.float32 and t.shape == (len(lengths), rank, rank) and bool(
@@ -321,7 +329,7 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
     g = encoder_cases.generator().manual_seed(rows)
     shapes = [[(rows, d), (rows, d), (d, d), (d,)] for d in widths]
-    tensors = [[torch.randn(shape[i], generator=g).to(dtype) for shape in shapes] for i in range(4)]
+    tensors = [[(settings.get("size", 1.0) * torch.randn(shape[i], generator=g)).to(dtype) for shape in shapes] for i in range(4)]
     total = rows * sum(widths)
     coefficient = [1.0 / (total if reduction == "mean" else rows * d) for d in widths]
     grad_loss = torch.tensor(1.3)
@@ -340,7 +348,7 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
         weight, bias = given[2:] = [[inside_nan(between(t, wide, g)) for t in kind] for kind in tensors[2:]]
     with poisoned(overwritten), library(settings):
         loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
-        grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient)
+        grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient, **beside(settings))
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("loss is float32 and a scalar", loss.dtype == torch.float32 and loss.shape == ())
     checks.true("signs are int8", all(s.dtype == torch.int8 and s.shape == t.shape for s, t in zip(sign, x)))

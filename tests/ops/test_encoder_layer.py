@@ -476,6 +476,28 @@ def test_second_derivatives_on_a_gpu():
         assert (got - e).abs().max() <= 1e-4 * (e.abs().max() + 1e-2 * largest), i
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+def test_a_linear_map_behind(autocast, backend, device):
+    """Is `linear` of the result, which on CUDA somebody has rounded already."""
+    lengths, heads = [7, 0, 9], 4
+    x, parameters, _ = case(16, 32, 24)
+    g = torch.Generator().manual_seed(1)
+    x, weight, bias, grad = (t.to(device) for t in (x, *(torch.randn(*shape, generator=g) for shape in ((20, 32), (20,), (16, 20)))))
+    parameters = [[t.to(device) for t in layer] for layer in parameters] + [[weight, bias]]
+
+    def behind(x, parameters):
+        return nodes(x, parameters[:-1], lengths, heads, 0.0, out=tuple(parameters[-1]), backend=backend)
+
+    def apart(x, parameters):
+        return linear(nodes(x, parameters[:-1], lengths, heads, 0.0, backend=backend), *parameters[-1], backend=backend)
+
+    for i, (got, e) in enumerate(zip(run(behind, x, parameters, grad, autocast=autocast), run(apart, x, parameters, grad, autocast=autocast),
+                                     strict=True)):
+        assert got.dtype == e.dtype and torch.equal(got, e), i
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", AUTOCAST[:2], ids=str)
 def test_in_a_cuda_graph(autocast, captured):

@@ -14,6 +14,7 @@ from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu
 from ada2i_fast.batch import FixedBatch
 from ada2i_fast.ops import attention_mapping, cosine_fusion, dialogue_attention
 from ada2i_fast.ops.dialogue_attention import DialogueOffsets
+from ada2i_fast.ops.linear import Branches
 from ada2i_fast.training import GraphedStep
 from ada2i_fast.training.graph import HELD_GRAPH
 from ada2i_fast.training.loop import ahead
@@ -255,6 +256,28 @@ def test_a_batch_that_does_not_fit_is_refused():
         FixedBatch.empty(batch, 16, 3, 16).fill_(DialogueBatch(batch.features, batch.offsets))
 
 
+def test_a_fixed_batch_holds_nothing_of_what_was_there():
+    """Whatever filled it before, a batch that failed half-way among it."""
+    model = model_of("published")
+    fixed = fixed_of(batch_of(LENGTHS[0]), model)
+
+    def content(batch):
+        return [*batch.features.values(), batch.labels, batch.offsets, batch.rows]
+
+    for lengths in ([7, 3, 13, 1], [2], [20, 1, 5, 9], [20, 1, 5, 9], [16, 16, 3, 1, 1], "fails", [1, 1], [2, 1], [9]):
+        if lengths == "fails":
+            batch = batch_of([24, 16])
+            for x in batch.features.values():
+                x.fill_(float("nan"))
+            object.__setattr__(batch, "labels", torch.zeros(3, dtype=torch.int64))
+            with pytest.raises(RuntimeError):
+                fixed.fill_(batch)
+            continue
+        batch = batch_of(lengths)
+        expected = fixed_of(batch, model).fill_(batch)
+        assert all(map(torch.equal, content(fixed.fill_(batch)), content(expected))), lengths
+
+
 # ---- captures, with graphs that only pretend
 
 
@@ -411,6 +434,46 @@ def test_every_replay_draws_anew(changes):
         batch = batch_of(LENGTHS[0], torch.float32, device="cuda")
         ends.append([step(batch).loss.item() for _ in range(4)])
     assert ends[0] == pytest.approx(ends[1], rel=1e-5) and len({*ends[0], *ends[2]}) > 4
+
+
+def test_what_was_made_beside_must_have_arrived():
+    """Gradients that were copied, added to or dropped have been read before the branches ended."""
+    def branches(*made):
+        found = Branches()
+        found._take(None, [], [t.untyped_storage().data_ptr() for t in made])
+        return found
+
+    a, b, c = (torch.ones(4) for _ in range(3))
+    assert branches(a, b).all_in([b[1:3], None, a, c]) and branches().all_in([])
+    assert not branches(a, b).all_in([a, b.clone()])
+    assert not branches(a, a).all_in([a])               # freed in between, and given away again
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["late", "tied", "hooked", "frozen"])
+def test_gradients_end_behind_backward(case, context):
+    """Steps as graphs are ordinary steps where gradients of parameters are branches that end behind backward, and where they cannot be."""
+    def train(mode):
+        model = model_of("published", torch.float32, "auto", "cuda", dropout=0.0)
+        first, second = (model.net.encoder[m].transformer_encoder.layers for m in model.config.modalities[:2])
+        seen = []
+        if case == "tied":
+            first[1].linear1, first[1].norm1 = first[0].linear1, first[0].norm1
+        elif case == "hooked":
+            first[1].linear1.weight.register_hook(lambda g: seen.append(g.square().sum()))
+        elif case == "frozen":
+            second[0].norm2.bias.requires_grad_(False)
+        autocast = (lambda: torch.autocast("cuda", context)) if context else contextlib.nullcontext
+        step = GraphedStep(model, BalancedAdam(model, lr=1e-3), mode=mode, context=autocast)
+        losses = torch.stack([step(batch_of(LENGTHS[i % 3], torch.float32, i, "cuda")).loss for i in range(6)])
+        return step, losses, seen
+
+    (step, losses, seen), (_, expected, _) = train("graph"), train("padded")
+    assert step._late == (case in ("late", "hooked"))
+    assert (losses - expected).abs().max() <= (2e-2 if context else 1e-4) * expected.abs().max()
+    if case == "hooked":
+        assert seen and seen[-1].isfinite()
 
 
 @pytest.mark.gpu
