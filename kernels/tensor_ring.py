@@ -414,27 +414,29 @@ def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, 
     return total * (scale / length.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits", "first", "roles"])
+@triton.jit(do_not_specialize=["dialogues", "tiles", "rows_total", "splits"])
 def backward_weights(xs, offsets, projections, averages, proj_weights, grad_xs, grad_attention, vectors, partial, gradients,
-                     dialogues, tiles, rows_total, splits, first, roles, scale,
+                     dialogues, tiles, rows_total, splits, scale, PART: tl.constexpr,
                      D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RO: tl.constexpr, KB: tl.constexpr, M: tl.constexpr,
                      PATH: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, LENGTH: tl.constexpr,
                      MAX_PARTS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr):
-    """Grid (COUNT * roles, splits), roles first ... of cdiv(D, BLOCK_D) * (1 + cdiv(R, KB)): per modality and block of columns one program
-    for the projections, then one per KB values of k for the map; each walks its split of the rows.
+    """Grid (COUNT * roles, splits): per modality and block of columns one program for the projections (PART "both" or "projections"), then
+    one per KB values of k for the map ("both" or "map"); each walks its split of the rows.
 
     gradients: float32 [splits, COUNT, LENGTH], the partial g_P [4 R, D], g_p [4 R], g_W [D, R R], g_c [D] in a row.
     """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     K_BLOCKS: tl.constexpr = (R + KB - 1) // KB
-    local = tl.program_id(0) // roles
-    role = first + tl.program_id(0) % roles
+    PROJECTIONS: tl.constexpr = 0 if PART == "map" else D_BLOCKS
+    ROLES: tl.constexpr = PROJECTIONS if PART == "projections" else PROJECTIONS + D_BLOCKS * K_BLOCKS
+    local = tl.program_id(0) // ROLES
+    role = tl.program_id(0) % ROLES
     split = tl.program_id(1).to(tl.int64)
     proj = select(local, projections, COUNT)
     vectors += local.to(tl.int64) * rows_total * (3 * R)
     gradients += (split * COUNT + local) * LENGTH
-    if role < D_BLOCKS:
+    if role < PROJECTIONS:
         per_split = (tiles + splits - 1) // splits
         j = lookup(local, GROUP, COUNT, 1, 0).to(tl.int64)
         backward_projections(select(local, xs, COUNT), offsets, proj, averages, select(local, proj_weights, COUNT),
@@ -446,8 +448,8 @@ def backward_weights(xs, offsets, projections, averages, proj_weights, grad_xs, 
         per_split = (blocks + splits - 1) // splits * BLOCK_N
         grad_attention += local.to(tl.int64) * rows_total * D
         backward_map(proj, grad_attention, vectors, gradients + (4 * R * D + 4 * R), split * per_split,
-                     tl.minimum((split + 1) * per_split, rows_total), (role - D_BLOCKS) // K_BLOCKS * BLOCK_D,
-                     (role - D_BLOCKS) % K_BLOCKS * KB, D, R, RO, KB, PRECISION, BLOCK_N, BLOCK_D)
+                     tl.minimum((split + 1) * per_split, rows_total), (role - PROJECTIONS) // K_BLOCKS * BLOCK_D,
+                     (role - PROJECTIONS) % K_BLOCKS * KB, D, R, RO, KB, PRECISION, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -972,7 +974,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
 
     meta = constants(x[0].dtype, rank, rows, dialogues)
     tiles = rows // meta["BLOCK_N"] + dialogues
-    splits = min(common.MAX_SPLITS, cdiv(tiles, 4) if beside is here else tiles)    # beside, sums of more parts take no time
+    splits = min(common.MAX_SPLITS, tiles)
     float32 = {"dtype": torch.float32}
     sums = x[0].new_empty((m, tiles, rank, rank), **float32)
     keep_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
@@ -1003,24 +1005,26 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
             width, count = x[group[0]].shape[1], len(group)
             length = cdiv(sum(kind[group[0]].numel() for kind in parameters), 4) * 4
             gradients = x[0].new_empty((splits, count, length), **float32)
-            projections = cdiv(width, meta["BLOCK_D"])
-            maps = projections * cdiv(rank, meta["KB"])
+            roles = {"projections": cdiv(width, meta["BLOCK_D"])}
+            roles["map"] = roles["projections"] * cdiv(rank, meta["KB"])
+            roles["both"] = sum(roles.values())
 
-            def launch(first: int, roles: int) -> None:
-                backward_weights[(count * roles, splits)](
+            def launch(part: str) -> list[Tensor]:
+                backward_weights[(count * roles[part], splits)](
                     mine(x), offsets, mine(proj), tuple(average), mine(proj_weight), mine(grad_x), grad_attention, vectors, sums,
-                    gradients, dialogues, tiles, rows, splits, first, roles, scale, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
-                    GROUP=group, LENGTH=length, **{**meta, "num_warps": warps})
+                    gradients, dialogues, tiles, rows, splits, scale, PART=part, D=width, M=m, PATH=ring_path(ring, m), COUNT=count,
+                    GROUP=group, LENGTH=length, **{**meta, "num_warps": 8 if part == "map" and meta["RO"] > 8 else warps})    # or it spills
+                return []
 
             def of_parameters(*_: Tensor) -> list[Tensor]:
                 return common.reduced(gradients, [mine(kind) for kind in parameters])
 
             if beside is here:
-                launch(0, projections + maps)
+                launch("both")
                 found = of_parameters()
             else:                           # only the projections have a share in g_x
-                beside(lambda *_: launch(projections, maps) or [], *mine(proj), grad_attention, vectors, gradients)
-                launch(0, projections)
+                beside(lambda *_: launch("map"), *mine(proj), grad_attention, vectors, gradients)
+                launch("projections")
                 found = beside(of_parameters, gradients)
             for kind, place in zip(grads, range(0, 4 * count, count)):
                 for at, j in enumerate(group):

@@ -77,7 +77,7 @@ MUTATIONS = [
     ("mask", "attention_mapping.py", "mask=(rows < last)[:, None] & (d < D)[None, :], other=0.0)\n    if factor", "mask=(d < D)[None, :] & (rows < last + 1)[:, None], other=0.0)\n    if factor", ["library-mapping-two-widths"]),
     ("index", "attention_mapping.py", "ROW_STRIDE=1, COLUMN_STRIDE=width", "ROW_STRIDE=width, COLUMN_STRIDE=1", ["library-mapping"]),
     ("index", "attention_mapping.py", "tl.program_id(0) + first\n    tiles", "tl.program_id(0)\n    tiles", ["mapping-beside"]),
-    ("index", "tensor_ring.py", "role = first + tl.program_id(0) % roles", "role = tl.program_id(0) % roles", ["beside"]),
+    ("index", "tensor_ring.py", 'PROJECTIONS: tl.constexpr = 0 if PART == "map" else D_BLOCKS', "PROJECTIONS: tl.constexpr = D_BLOCKS", ["beside"]),
     ("bound", "attention_mapping.py", "tl.where((rows < tl.load(counted))", "tl.where((rows <= tl.load(counted))", ["mapping-counted"]),
     ("scale", "attention_mapping.py", "factor = factor * rows_total / tl.load(counted)", "factor = factor", ["mapping-counted"]),
     ("scale", "attention_mapping.py", "        coefficient = coefficient * rows_total / tl.load(counted)\n    kind", "        coefficient = coefficient + 0.0\n    kind", ["mapping-counted"]),

@@ -70,10 +70,12 @@ def library(used: bool) -> Iterator[None]:
         common.LIBRARY_ROWS = usual
 
 
-def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank: int, gated: bool,
-          dropout: float = 0.5) -> tuple[list, list]:
-    """Launches of one AFW layer with its loss and float32 parameters: (forward, backward)."""
+def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank: int, gated: bool, dropout: float = 0.5,
+          beside: bool = False) -> tuple[list, list]:
+    """Launches of one AFW layer with its loss and float32 parameters: (forward, backward). beside: gradients of parameters apart from the
+    rest, as in a CUDA graph."""
     from ada2i_fast.kernels import attention_mapping, tensor_ring
+    from ada2i_fast.ops.linear import here
 
     m = len(widths)
     x = [torch.empty(rows, d, dtype=dtype) for d in widths]
@@ -88,8 +90,10 @@ def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank
         results = tensor_ring.forward(x, offsets, *weights, ring, 1.0, 0.1, dropout, seed, gated, True)
         _, *sign = attention_mapping.forward(x, results[m:2 * m], *phi, coefficient)
     with recorded() as backward:
-        of_loss = attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient)
-        tensor_ring.backward(x, of_loss[m:2 * m], x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated, of_loss[:m])
+        branch = (lambda call, *tensors: call(*tensors)) if beside else here
+        of_loss = attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient, None, branch)
+        tensor_ring.backward(x, of_loss[m:2 * m], x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated, of_loss[:m],
+                             branch)
     return forward, backward
 
 
@@ -214,9 +218,9 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
             launches = []
             if dataset in DATASETS:
                 count, dialogues, width, rank, gated = DATASETS[dataset]
-                for used in (False, True):
+                for used, beside in ((False, False), (False, True), (True, False)):
                     with library(used):
-                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated), [])
+                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated, beside=beside), [])
             launches += sum(encoder(DTYPES[dtype], *ENCODERS[dataset]), [])
             # After attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
             if dataset in DATASETS:

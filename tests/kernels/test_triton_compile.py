@@ -27,7 +27,7 @@ LIBRARY_BACKWARD = Counter(contract_cores=1, pack_map=1, gate_gradients=1, outer
 # Of these, what each further width and each further chunk takes.
 WIDTH_FORWARD, WIDTH_BACKWARD = Counter(pack_map=1), Counter(pack_map=1, unpack_map=1)
 CHUNK_FORWARD, CHUNK_BACKWARD = Counter(outer_rows=1, gate_rows=1), Counter(gate_gradients=1, outer_rows=1)
-OF_LOSS = ("distance", "expand_signs")
+OF_LOSS = ("distance", "expand_signs", "split_rows")
 
 # Attention, dropout + residual + LayerNorm and bias + ReLU + dropout of an encoder layer, each once.
 ENCODER_FORWARD = Counter(attend=1, norm_rows=1, relu_rows=1)

@@ -235,7 +235,8 @@ def test_layer_on_several_streams(backend):
 
 @each_backend
 def test_layer_in_a_cuda_graph(backend, captured):
-    """Captured once, replayed on new numbers; nothing waits for the device."""
+    """Captured once, replayed on new numbers; nothing waits for the device. Triton's gradients of parameters are launches of their own
+    there, with other code, which may add up the 500 rows in another order: 500 roundings of 2^-24 of the largest at worst."""
     at = layer.leaves(on_device(layer.inputs(layer.IEMOCAP, torch.float32)), layer.NAMES)
     step, _ = layer_of(layer.IEMOCAP, at, backend)
     graph, replayed = captured(step)
@@ -245,7 +246,7 @@ def test_layer_in_a_cuda_graph(backend, captured):
     graph.replay()
     torch.cuda.synchronize()
     for got, expected in zip(replayed, step(), strict=True):
-        assert torch.equal(got, expected)
+        assert (got - expected).abs().max() <= (0.0 if backend == "cuda" else 500 * 2.0 ** -24 * expected.abs().max())
 
 
 # ---- the optimiser
