@@ -22,7 +22,7 @@ part() {  # part NAME SECONDS COMMAND...
     timeout "$limit" "$@" > "$output" 2>&1
     local code=$?
     { echo "== $name"; cat "$output"; } >> "$log"
-    grep -E '^(FAILED|ERROR)|^[A-Za-z_.]+(Error|Exception|Result): |passed|failed' "$output" | cut -c1-200 | tail -n 12
+    grep -E '^(FAILED|ERROR)|\] (FAILED|ERROR) |^[A-Za-z_.]+(Error|Exception|Result): |passed|failed' "$output" | cut -c1-200 | tail -n 12
     printf '%-10s exit %-4s %4d s  %s\n' "$name" "$code" $((SECONDS - start)) \
         "$(grep -E '(passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|cases ran)' "$output" | tail -n 1)" >> "$summary"
     rm -f "$output"
@@ -56,9 +56,10 @@ part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 # Compiling the textbook is slow: for one shape only.
 measure compiled 90 --tf32 -k "iemocap-training-float32 and (test_model or test_afw_layer) and not algebra"
 # Compiling kernels takes most of the time: in as many processes as there are cores, where pytest can, and the sanitizer beside.
+# -v: a run that is cut off has no summary, but has named what failed.
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(14, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
-part tests 150 "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider $workers
+part tests 150 "$PYTHON" -m pytest -v --no-header -m gpu tests -p no:cacheprovider $workers
 wait
 
 echo; echo "== summary"
