@@ -54,12 +54,13 @@ measure many 25 -m scaling -k test_many_dialogues
 measure many-tf32 25 --tf32 -m scaling -k "test_many_dialogues and float32 and not algebra"
 part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 # Compiling the textbook is slow: for one shape only.
-measure compiled 90 --tf32 -k "iemocap-training-float32 and (test_model or test_afw_layer) and not algebra"
+measure compiled-layer 35 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra"
+measure compiled 90 --tf32 -k "iemocap-training-float32 and test_model and not algebra"
 # Compiling kernels takes most of the time: in as many processes as there are cores, where pytest can, and the sanitizer beside.
 # -v: a run that is cut off has no summary, but has named what failed.
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(14, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
-part tests 150 "$PYTHON" -m pytest -v --no-header -m gpu tests -p no:cacheprovider $workers
+part tests 120 "$PYTHON" -m pytest -v --no-header -m gpu tests -p no:cacheprovider $workers
 wait
 
 echo; echo "== summary"

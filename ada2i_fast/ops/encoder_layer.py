@@ -16,7 +16,7 @@ A layer is one node of the graph that calls the backend without registered ops b
 a CPU to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic. On a CPU the library's
 calls of all layers, and those of one layer's gradients, happen `together` as far as they can, and the inner product with its ReLU and dropout is
 one pass where it is the library's own, in bf16 with a rounding less than the ops of these names. On CUDA a layer's weights are rounded for
-autocast by one launch, LayerNorm writes its result rounded too, for the product that follows, and the gradients of weights are a `branch`.
+autocast by one launch (`_Weights`), LayerNorm writes its result rounded too, for the product that follows, and the gradients of weights are a `branch`.
 """
 
 from __future__ import annotations
