@@ -346,6 +346,26 @@ def test_a_loaded_state_is_captured_anew(pretend):
 
 
 @NATIVE
+@pytest.mark.parametrize("failures, late, branches", [(0, True, True), (1, False, True), (2, False, False)])
+def test_a_capture_is_tried_with_fewer_branches(pretend, monkeypatch, failures, late, branches):
+    """First without those that end behind backward, then without any; each time with memory of its own."""
+    pools, capture = [], torch.cuda.graph
+
+    def fails_at_first(graph, pool, stream):
+        pools.append(pool)
+        if len(pools) <= failures:
+            raise RuntimeError("not this way")
+        return capture(graph, pool="pool", stream=stream)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "graph", fails_at_first)
+    model = model_of("published", torch.float32, "auto")
+    step = pretend.step = GraphedStep(model, BalancedAdam(model))
+    assert step(batch_of(LENGTHS[0], torch.float32)).loss.isfinite() and step.why_not() is None and not model.side_by_side
+    assert (step._late, step._branches) == (late, branches) and len({*pools}) == failures + 1 == len(pools)
+    assert all(s["step"] == 1 for s in step.optimizer.state.values())
+
+
 def test_a_failed_capture_is_told_once(pretend, monkeypatch):
     def fail(graph, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
