@@ -264,7 +264,7 @@ def test_a_fixed_batch_holds_nothing_of_what_was_there():
     def content(batch):
         return [*batch.features.values(), batch.labels, batch.offsets, batch.rows]
 
-    for lengths in ([7, 3, 13, 1], [2], [20, 1, 5, 9], [20, 1, 5, 9], [16, 16, 3, 1, 1], "fails", [1, 1], [2, 1], [9]):
+    for lengths in ([7, 3, 13, 1], [2], [20, 1, 5, 9], [20, 1, 5, 9], [16, 16, 3, 1, 1], "fails", [1, 1], [2, 1], [9], [8]):
         if lengths == "fails":
             batch = batch_of([24, 16])
             for x in batch.features.values():
