@@ -58,7 +58,7 @@ MUTATIONS = [
     ("index", "tensor_ring.py", "store_part(g_v * k2, 1,", "store_part(g_v * q2, 1,", LIBRARY),
     ("mask", "tensor_ring.py", "            tl.store(sums + part * R + r, tl.zeros((RP,), tl.float32), mask=r < R)\n", "            pass\n", ["library-three-modalities"]),
     ("index", "tensor_ring.py", "tl.dot(g_v, tl.trans(c), input_precision=\"ieee\")", "tl.dot(g_v, c, input_precision=\"ieee\")", ["library-three-modalities"]),
-    ("index", "common.py", "else parts.sum(0)", "else parts[0]", ["library-mapping-two-widths"]),
+    ("index", "common.py", "else parts.sum(0)", "else parts[0]", ["library-mapping-float16"]),
     ("bound", "tensor_ring.py", "mask=(rows - first < padded)[:, None]", "mask=(rows < last)[:, None]", ["library-three-modalities"]),
     ("bound", "tensor_ring.py", "mask = (local < padded)[:, None, None]", "mask = inside[:, None, None]", ["library-three-modalities"]),
     ("scale", "tensor_ring.py", "    if INTO:\n        g_x += tl.load", "    if INTO:\n        g_x += 0 * tl.load", ["library-three-modalities"]),
