@@ -35,7 +35,6 @@ from .common import column_tile, rounded, select
 FLAT = 2048                         # elements per program of `distance`
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs` and `split_rows`
 PARTS = 3
-SPLITS = 16                         # of the rows in g_Phi: its few tiles alone would leave most multiprocessors idle
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -295,17 +294,18 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
     grad_x = [torch.empty_like(t) for t in x]
     grad_target = [torch.empty_like(t) for t in x]
     grads = [None] * (2 * m)                # of weight and bias
-    meta = constants(x[0].dtype)
-    if rows == 0 or common.through_library(x[0].dtype, rows):
+    library = common.through_library(x[0].dtype, rows)
+    if rows == 0 or library:
         grads = [torch.empty_like(t) for t in weight] + [t.new_empty((t.shape[0],)) for t in weight]
     if rows == 0:
         for t in grads:
             t.zero_()
         return [*grad_x, *grad_target, *grads]
-    if common.through_library(x[0].dtype, rows):
+    if library:
         grad_loss = grad_loss if counted is None else grad_loss.to(torch.float32) * rows / counted
         backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grads[:m], grads[m:])
         return [*grad_x, *grad_target, *grads]
+    meta = constants(x[0].dtype)
     row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(common.MAX_SPLITS, common.cdiv(row_blocks, 4))
     with common.device_of(x[0]):
@@ -324,15 +324,14 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
                     grad_loss, mine(x), mine(sign), mine(weight), mine(grad_x), mine(grad_target), gradients, counted, rows, first, row_blocks,
                     splits, coefficient[group[0]], COUNTED=counted is not None, D=width, COUNT=count, LENGTH=length, **meta)
 
-            def of_parameters(*_: Tensor) -> list[Tensor]:
-                launch(tiles, others)
+            def of_parameters(first: int, programs: int) -> list[Tensor]:
+                launch(first, programs)
                 return common.reduced(gradients, like)
 
             if beside is here:
-                launch(0, tiles + others)
-                found = common.reduced(gradients, like)
+                found = of_parameters(0, tiles + others)
             else:
-                found = beside(of_parameters, gradients, grad_loss, *mine(x), *mine(sign))
+                found = beside(lambda *_: of_parameters(tiles, others), gradients, grad_loss, *mine(x), *mine(sign))
                 launch(0, tiles)
             for place, j in enumerate(group):
                 grads[j], grads[m + j] = found[place], found[count + place]
@@ -344,11 +343,11 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
                              grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
     """Fills the gradients. c joins Phi before the product; in float16, where it would underflow, the float32 product instead."""
     rows, dtype = x[0].shape[0], x[0].dtype
-    late = dtype == torch.float16
-    if common.precision(dtype) == "ieee":
-        return backward_in_parts(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
-    float32 = {"dtype": torch.float32}
     factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
+    if common.precision(dtype) == "ieee":
+        return backward_in_parts(factors, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
+    late = dtype == torch.float16
+    float32 = {"dtype": torch.float32}
     with common.device_of(x[0]):
         for j, c in enumerate(coefficient):
             width, factor = x[j].shape[1], factors[c]
@@ -377,11 +376,10 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
             torch.mul(sums.sum(0), factor, out=grad_bias[j])
 
 
-def backward_in_parts(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], weight: list[Tensor], coefficient: Sequence[float],
+def backward_in_parts(factors: dict[float, Tensor], x: list[Tensor], sign: list[Tensor], weight: list[Tensor], coefficient: Sequence[float],
                       grad_x: list[Tensor], grad_target: list[Tensor], grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
-    """The same in float32 on tensor cores."""
+    """The same in float32 on tensor cores. factors: g_L c by c."""
     rows = x[0].shape[0]
-    factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
     tile = {"BLOCK_N": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
     with common.device_of(x[0]):
         for j, c in enumerate(coefficient):
@@ -389,23 +387,23 @@ def backward_in_parts(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], we
             columns = common.padded(width)
             wide = PARTS * columns
             ranges = common.chunks(rows, 2 * wide)
-            most = common.cdiv(ranges[0][1], 8 * SPLITS) * 8 * SPLITS
+            most = common.cdiv(ranges[0][1], 8 * common.ROW_SPLITS) * 8 * common.ROW_SPLITS
             signs, parts = (x[j].new_empty((most, wide), dtype=torch.bfloat16) for _ in range(2))
             sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width))
             # Whole rows and columns of 8 throughout: with fewer the library takes kernels of several times the time.
-            grad_phi = x[j].new_empty((len(ranges), SPLITS, columns, wide))
+            grad_phi = x[j].new_empty((len(ranges), common.ROW_SPLITS, columns, wide))
             right = x[j].new_empty((width, wide), dtype=torch.bfloat16)     # (c Phi)^T
             blocks = common.cdiv(columns, BLOCK_COLUMNS)
             split_rows[(common.cdiv(width, BLOCK_ROWS) * blocks,)](
                 weight[j], factor, right, 0, width, width, ROW_STRIDE=1, COLUMN_STRIDE=width, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
             for place, (first, last) in enumerate(ranges):
-                n = common.cdiv(last - first, 8 * SPLITS) * 8 * SPLITS
+                n = common.cdiv(last - first, 8 * common.ROW_SPLITS) * 8 * common.ROW_SPLITS
                 grid = (common.cdiv(n, BLOCK_ROWS) * blocks,)
                 expand_signs[grid](factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=PARTS, **tile)
                 split_rows[grid](x[j], None, parts, first, last, n, ROW_STRIDE=width, COLUMN_STRIDE=1, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
                 common.product(signs[:last - first], right.t(), grad_x[j][first:last])
-                left = signs[:n].view(SPLITS, n // SPLITS, wide)[:, :, :columns]
-                common.product(left.transpose(1, 2), parts[:n].view(SPLITS, n // SPLITS, wide), grad_phi[place])
+                left = signs[:n].view(common.ROW_SPLITS, n // common.ROW_SPLITS, wide)[:, :, :columns]
+                common.product(left.transpose(1, 2), parts[:n].view(common.ROW_SPLITS, n // common.ROW_SPLITS, wide), grad_phi[place])
             of_parts = grad_phi.view(-1, columns, PARTS, columns)[:, :width, :, :width]
             torch.mul(of_parts.sum((0, 2)), factor, out=grad_weight[j])
             torch.mul(sums.sum(0), factor, out=grad_bias[j])

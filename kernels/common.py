@@ -28,6 +28,7 @@ from ada2i_fast.ops.dropout import threshold
 MAX_RANK = 32
 MAX_PARTS = 32      # partial sums per dialogue: bounds what a reader adds up, so long dialogues stay linear
 MAX_SPLITS = 32     # partial weight gradients
+ROW_SPLITS = 16     # parts of very many rows in a product that sums over them: its few tiles alone would leave most multiprocessors idle
 # Rows from which on dense products go through the library (cuBLAS), by `precision`. Below, few launches win: one AFW layer takes
 # 8 forward and backward instead of several dozens, at 5 us and more each from the host and 1 to 2 us in a CUDA graph, while the
 # fused kernels spend per 1000 rows (H100, 3 modalities, D 300, R 11) 0.4 ms in "ieee" and 0.1 ms in "tf32" and 16 bits.

@@ -23,7 +23,7 @@ of one width takes one launch, products of the maps too:
 
     contract_cores     w
     gate_gradients     g_att, the gate's share of g_x; library: S = g_att W
-    outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F over SPLITS parts of the rows, summed by unpack_map
+    outer_rows         F, g_u, g_w; library: [g_W, g_c] = g_att^T F over `common.ROW_SPLITS` parts of the rows, summed by unpack_map
     sum_cores          sum v g_w^T of each part of a dialogue
     average_cores      g_A
     core_gradients     g_q1 .. g_k2 and partial g_p, summed by reduce_splits; library: g_x += g_q P, g_P = g_q^T x
@@ -48,7 +48,6 @@ from . import common
 from .common import cdiv, column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
-SPLITS = 16                          # parts of the rows in [g_W, g_c]: its few tiles alone would leave most multiprocessors idle
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -964,7 +963,8 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     grad_x = list(into) if into else [torch.empty_like(t) for t in x]
     parameters = [list(proj_weight), list(proj_bias), list(map_weight), list(map_bias)]
     grads = [list(kind) for kind in parameters]     # to be replaced
-    if rows == 0 or common.through_library(x[0].dtype, rows):
+    library = common.through_library(x[0].dtype, rows)
+    if rows == 0 or library:
         grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in parameters]
     if rows == 0:
         for kind in grads:
@@ -982,7 +982,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     warps = 8 if meta["PRECISION"] == "ieee" else 4     # see `constants`
     scratch = []
     together = common.groups([t.shape[1] for t in x])
-    if common.through_library(x[0].dtype, rows):
+    if library:
         with common.device_of(x[0]):
             backward_through_library(grad_out, grad_target, x, offsets, parameters, proj, average, attention, sums, grad_x, bool(into),
                                      grads, ring, scale, beta, dropout, seed, gated_target, together, meta)
@@ -1055,12 +1055,12 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
         _, width, columns = packed.shape
         stride = common.padded(width)
         ranges = common.chunks(rows, like.element_size() * max(stride, columns))
-        most = cdiv(ranges[0][1], SPLITS) * SPLITS
+        most = cdiv(ranges[0][1], common.ROW_SPLITS) * common.ROW_SPLITS
         gradients_scratch, products_scratch, factors_scratch = (
             like.new_empty((count * most * length,)) for length in (stride, columns, columns))
-        grad_map = like.new_empty((len(ranges), count * SPLITS, width, columns), **float32)
+        grad_map = like.new_empty((len(ranges), count * common.ROW_SPLITS, width, columns), **float32)
         for place, (first, last) in enumerate(ranges):
-            n = cdiv(last - first, SPLITS) * SPLITS
+            n = cdiv(last - first, common.ROW_SPLITS) * common.ROW_SPLITS
             grad_attention = gradients_scratch[:count * n * stride].view(count, n, stride)
             products, factors = (t[:count * n * columns].view(count, n, columns) for t in (products_scratch, factors_scratch))
             gate_gradients[(cdiv(n, GATE_ROWS) * cdiv(width, GATE_COLUMNS), count)](
@@ -1073,10 +1073,10 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
             outer_rows[(cdiv(n, block), count)](
                 mine(proj), vectors, products, factors, rows, first, last, n, scale, COLUMNS=columns, COUNT=count, GROUP=group,
                 BACKWARD=True, BLOCK_N=block, num_warps=4, **meta.only("R RO enable_fp_fusion"))
-            split = grad_attention.view(count * SPLITS, n // SPLITS, stride)[:, :, :width]
-            common.product(split.transpose(1, 2), factors.view(count * SPLITS, n // SPLITS, columns), grad_map[place])
+            split = grad_attention.view(count * common.ROW_SPLITS, n // common.ROW_SPLITS, stride)[:, :, :width]
+            common.product(split.transpose(1, 2), factors.view(count * common.ROW_SPLITS, n // common.ROW_SPLITS, columns), grad_map[place])
         unpack_map[(cdiv(width * columns, 128), count)](
-            grad_map, mine(grads[2]), mine(grads[3]), len(ranges), D=width, R=rank, COLUMNS=columns, COUNT=count, SPLITS=SPLITS,
+            grad_map, mine(grads[2]), mine(grads[3]), len(ranges), D=width, R=rank, COLUMNS=columns, COUNT=count, SPLITS=common.ROW_SPLITS,
             BLOCK=128, num_warps=4, enable_fp_fusion=True)
 
     grad_average = sums                         # read by none of one modality

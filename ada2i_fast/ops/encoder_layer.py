@@ -118,7 +118,7 @@ class _Weights:
         self._ready: list[list[Tensor]] = [[] for _ in self._tensors]
 
     def round(self, i: int, upto: int | None = None, beside: Branch | None = None) -> None:
-        """Of layer i the tensors before place `upto`, but for those that are there."""
+        """Of layer i the tensors before place `upto`, but for those that are there: one launch, or with `beside` one for each."""
         ready = self._ready[i]
         missing = self._tensors[i][len(ready):upto]
         if missing:
@@ -296,7 +296,7 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
                 x, rounded, _ = _forward(x, parameters, *settings, weights, i, rounded)
     if out is None:
         return x
-    of_products = (None,) * 3 if weights is None or layers and rounded is None else (rounded, *weights.take(len(layers)))
+    of_products = (None,) * 3 if weights is None else (rounded, *weights.take(len(layers)))
     return linear(x, *out, backend="torch" if backend == "torch" else "auto", rounded=of_products)
 
 

@@ -366,6 +366,7 @@ def test_a_capture_is_tried_with_fewer_branches(pretend, monkeypatch, failures, 
     assert all(s["step"] == 1 for s in step.optimizer.state.values())
 
 
+@NATIVE
 def test_a_failed_capture_is_told_once(pretend, monkeypatch):
     def fail(graph, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
