@@ -154,6 +154,7 @@ struct Tiles {
   Tiles() {
     alignas(64) uint8_t config[64] = {1};                                             // palette 1; then bytes per row and rows of each
     for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    asm volatile("" : : "r"(config) : "memory");                                      // GCC 12 knows of the first 8 bytes alone that they are read
     _tile_loadconfig(config);
   }
   ~Tiles() { _tile_release(); }
