@@ -107,7 +107,7 @@ template <class S> static int attention_mapping_backward(const AttentionMapping*
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     phi.data[j] = right.data + at;
-    gradients.data[j] = {nullptr, (const int8_t*)t[M + j], (const S*)t[j], D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
+    gradients.data[j] = {nullptr, (const int8_t*)t[M + j], (const S*)t[j], nullptr, D, D, (S*)t[5 * M + j], (S*)t[6 * M + j],
                          T(args->coefficient[j] * gradient), chunk.data + chunk_at, false, total.data + total_at};
     at += right_size<E>(D, D);
     if (!kTiles<E>) chunk_at += right_size<E>(kChunk, D + 1);

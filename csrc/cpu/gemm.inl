@@ -597,12 +597,13 @@ constexpr int64_t kBlock = 16;    // rows packed by one job; a multiple of every
 template <class S, class P = S> struct WeightGradient {
   const Operand<S>* left;  // of this pass alone; or, where it is null,
   const int8_t* signs;     // of all rows
-  const S* rows;           // the right operand [rows, n]; null where somebody else packs it, with a column of ones
+  const S* rows;           // the right operand [rows, n]; or, where it is null,
+  const Operand<S>* made;  // that of this pass alone
   int64_t m, n;
   P *weight, *bias;
   Compute<S> scale;
   Packed<S>* right;        // scratch, right_size(kChunk, n + 1)
-  bool packed;             // an earlier gradient has the same right operand and scratch, or `rows` is null
+  bool packed;             // an earlier gradient has the same right operand and scratch, or somebody else packs it, with a column of ones
   Compute<S>* total;       // scratch, [m][round_up(n + 1, kColumns)], used where there is more than one chunk
 };
 
@@ -676,10 +677,12 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   constexpr int per = Step<E>::elements, lanes = Lanes<T>::count;
   const int64_t k = smaller(kChunk, rows - start), blocks = (k + kBlock - 1) / kBlock;
   auto pack = [&](const WeightGradient<S, P>& g, E* to, int64_t first, int64_t end) {
-    for (int64_t r = first; r < smaller(end, k); r += per) {
-      const S* row = g.rows + (start + r) * g.n;
-      pack_right(to, r, k, g.n, row, per == 2 && r + 1 < k ? row + g.n : nullptr, true);
-    }
+    auto from = [&](const auto* row) __attribute__((always_inline)) {
+      for (int64_t r = first; r < smaller(end, k); r += per)
+        pack_right(to, r, k, g.n, row + r * g.n, per == 2 && r + 1 < k ? row + (r + 1) * g.n : nullptr, true);
+    };
+    if (g.rows) from(g.rows + start * g.n);
+    else from(g.made);
   };
   if (!kTiles<E>) {
 #pragma omp for schedule(dynamic)
@@ -696,7 +699,7 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
   for (int p = 0; p < count; ++p) work += strips_of(gradients[p]) * strip_cost(gradients[p]);
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
   // A thread with tiles packs for itself: what another core has packed costs as much to fetch, line by line, and as much again to overwrite.
-  const S* packed_rows = nullptr;
+  const void* packed_rows = nullptr;
   for (int p = 0; p < count; ++p) {
     const WeightGradient<S, P> g = gradients[p];
     const int64_t cost = strip_cost(g);
@@ -709,9 +712,10 @@ static void weight_gradients(WeightGradient<S, P>* gradients, int count, int64_t
     before += strips_of(g) * cost;
     if (strip >= end) continue;
     const E* right = g.right;
-    if (kTiles<E> && g.rows) {
-      if (packed_rows != g.rows) pack(g, own, 0, k);
-      packed_rows = g.rows;
+    if (kTiles<E>) {
+      const void* const from = g.rows ? (const void*)g.rows : g.made;
+      if (packed_rows != from) pack(g, own, 0, k);
+      packed_rows = from;
       right = own;
     }
     const int64_t together = group_size(end - strip, 1, kMostStrips<E>), stride = round_up(g.n + 1, kColumns<T>);

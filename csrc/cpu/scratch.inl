@@ -12,7 +12,7 @@ struct Cache {
   }
 
   // The smallest that is large enough, or a new one.
-  Block take(size_t bytes) {
+  __attribute__((noinline)) Block take(size_t bytes) {
     Block* best = nullptr;
     for (auto& b : block)
       if (b.data && b.bytes >= bytes && (!best || b.bytes < best->bytes)) best = &b;
@@ -23,7 +23,7 @@ struct Cache {
   }
 
   // In a free place, or in that of the smallest.
-  void give(Block back) {
+  __attribute__((noinline)) void give(Block back) {
     if (back.bytes > largest) return free(back.data);
     Block* place = &block[0];
     for (auto& b : block)

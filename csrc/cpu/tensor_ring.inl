@@ -143,6 +143,21 @@ template <class S> struct Ring {
   }
 };
 
+// Weights are packed by all threads together; or, where there are no more threads than modalities, by each for itself: those of one modality after
+// the other, in the same place, which stays in its cache. Then a modality is packed less than twice, on average.
+INLINE bool pack_for_themselves(int64_t threads, int64_t modalities) { return threads <= modalities; }
+// What one of them has packed: pieces of the weights of a modality, by pack(modality, piece).
+template <class F> struct PackedForItself {
+  F& pack;
+  const bool used;
+  int64_t modality = -1;
+  void need(int64_t j, int64_t first, int64_t end) {
+    if (!used || modality == j) return;
+    for (int64_t piece = first; piece < end; ++piece) pack(j, piece);
+    modality = j;
+  }
+};
+
 template <class S, class P> static int tensor_ring_forward(const TensorRing* args) {
   using T = Compute<S>;
   using E = Packed<S>;
@@ -152,15 +167,18 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
   enum { X, PROJ_WEIGHT, PROJ_BIAS = 5, MAP = 9, MAP_BIAS, OUT, TARGET, PROJ, MEAN, ATTENTION, PHI, PHI_BIAS, SIGN };
   void* const* t = args->tensors;
   const bool saving = t[PROJ * M] != nullptr, mapping = args->coefficient != nullptr, gated_target = args->gated_target;
-  int64_t widest = 0, packed = 0, work = 0;
+  int64_t widest = 0, packed = 0, largest = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
-    packed += right_size<E>(D, 4 * R) + right_size<E>(R * R, D) + (mapping ? right_size<E>(D, D) : 0);
+    const int64_t size = right_size<E>(D, 4 * R) + right_size<E>(R * R, D) + (mapping ? right_size<E>(D, D) : 0);
+    packed += size;
+    if (size > largest) largest = size;
     work += rows * D * (4 * R + R * R + (mapping ? D : 0));
   }
   const int threads = useful_threads(args->threads, work);
-  Scratch<E> right(packed), left(left_size<E>(widest > R * R ? widest : R * R), threads);
+  const bool own = pack_for_themselves(threads, M);
+  Scratch<E> right(own ? largest : packed, own ? threads : 1), left(left_size<E>(widest > R * R ? widest : R * R), threads);
   Scratch<T> outer(R * R + ring.padded, threads), spare(saving ? 0 : M * (rows * 4 * R + B * R * R));
   const int64_t stacked = round_up(4 * R, kColumns<T>), tile_row = round_up(widest, kColumns<T>);
   Scratch<T> bias_of(M * stacked), tile_sums((mapping ? 2 : 1) * kHeight<E> * tile_row, threads);
@@ -172,6 +190,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     return 1;
   E* next = right.data;
   for (int64_t j = 0; j < M; ++j) {
+    if (own) next = right.data;                                // and of(thread) - data from there
     projection.data[j] = next;
     next += right_size<E>(args->widths[j], 4 * R);
     map.data[j] = next;
@@ -195,16 +214,20 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     E* tile_left = left.of(omp_get_thread_num());
     T *attended = tile_sums.of(omp_get_thread_num()), *mapped = attended + kHeight<E> * tile_row;
     T* outer_row = outer.of(omp_get_thread_num());
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < M * panels; ++job) {
-      const int64_t j = job / panels, panel = job % panels, wide = panel - projection_panels, D = args->widths[j];
-      const int64_t column = wide % wide_panels * kColumns<T>;
+    const int64_t mine = own ? right.of(omp_get_thread_num()) - right.data : 0;
+    auto pack = [&](int64_t j, int64_t panel) __attribute__((always_inline)) {
+      const int64_t wide = panel - projection_panels, D = args->widths[j], column = wide % wide_panels * kColumns<T>;
       const P *weight = (const P*)t[MAP * M + j], *phi_weight = mapping ? (const P*)t[PHI * M + j] : nullptr;
       auto projections = [&](int64_t r) { return (const P*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D; };
-      if (wide < 0) pack_transposed(projection.data[j], projections, D, 4 * R, panel * kColumns<T>);
-      else if (column >= D) continue;
-      else if (wide < wide_panels) pack_transposed(map.data[j], [&](int64_t r) { return weight + r * R * R; }, R * R, D, column);
-      else pack_transposed(phi.data[j], [&](int64_t r) { return phi_weight + r * D; }, D, D, column);
+      if (wide < 0) pack_transposed(projection.data[j] + mine, projections, D, 4 * R, panel * kColumns<T>);
+      else if (column >= D) return;
+      else if (wide < wide_panels) pack_transposed(map.data[j] + mine, [&](int64_t r) { return weight + r * R * R; }, R * R, D, column);
+      else pack_transposed(phi.data[j] + mine, [&](int64_t r) { return phi_weight + r * D; }, D, D, column);
+    };
+    PackedForItself<decltype(pack)> weights{pack, own};
+    if (!own) {
+#pragma omp for schedule(static)
+      for (int64_t job = 0; job < M * panels; ++job) pack(job / panels, job % panels);
     }
 
     // q1 q2 k1 k2
@@ -214,8 +237,9 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       const S* x = (const S*)t[j] + first * D;
       const T* bias = bias_of.data + j * stacked;
       T* out = saved.data[j] + first * 4 * R;
+      weights.need(j, 0, projection_panels);
       pack_left_rows(tile_left, x, D, D, height);
-      multiply<Strips>(tile_left, projection.data[j], D, 4 * R, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+      multiply<Strips>(tile_left, projection.data[j] + mine, D, 4 * R, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
         for (int64_t i = from; i < smaller(to, height); ++i)
           for (int64_t v = 0; v < columns; v += lanes)
             store(out + i * 4 * R + column + v, load(c + i * kColumns<T> + v) + load(bias + column + v, columns - v), columns - v);
@@ -240,6 +264,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
     }
 
     // the bilinear map, whose left operand u w^T is made here, and the gate; then the loss, while its target is in cache
+    weights.modality = -1;
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < M * tiles; ++job) {
       const int64_t j = job / tiles, first = job % tiles * kHeight<E>, height = smaller(kHeight<E>, rows - first), D = args->widths[j];
@@ -248,6 +273,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       S* out = (S*)t[OUT * M + j] + first * D;
       S* target = t[TARGET * M + j] ? (S*)t[TARGET * M + j] + first * D : nullptr;
       S* attention = saving ? (S*)t[ATTENTION * M + j] + first * D : nullptr;
+      weights.need(j, projection_panels, panels);
       int64_t b = ring.dialogue(first);
       for (int i = 0; i < kHeight<E>; ++i) {
         if (i < height) {
@@ -280,22 +306,22 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       if (kBesideTiles<E, E> && mapping) {
         // Beside Phi, whose tiles take longer, and by rows, which memory likes better.
         Nothing nothing;
-        multiply_beside<Strips>(tile_left, map.data[j], R * R, D, attended, nothing);
+        multiply_beside<Strips>(tile_left, map.data[j] + mine, R * R, D, attended, nothing);
         pack_left_rows(tile_left, x, D, D, height);
         auto piece = [=](int64_t i, int64_t d) __attribute__((always_inline)) { gate(i, d, smaller(kColumns<T>, D - d), sums_at<E>(attended, i, d)); };
         RowByRow<decltype(piece)> gates{piece, D, kColumns<T>};
         Beside<decltype(gates)> beside{gates, gates.pieces(height), slots_beside<E, E>(D, D)};
-        multiply_beside<Strips>(tile_left, phi.data[j], D, D, mapped, beside);
+        multiply_beside<Strips>(tile_left, phi.data[j] + mine, D, D, mapped, beside);
         beside.finish();
         for (int64_t d = 0; d < D; d += kColumns<T>)          // the order of mapping_tile
           for (int64_t i = 0; i < height; ++i) loss.add(i, d, smaller(kColumns<T>, D - d), sums_at<E>(mapped, i, d), target_at);
       } else {
-        multiply<Strips>(tile_left, map.data[j], R * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+        multiply<Strips>(tile_left, map.data[j] + mine, R * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
           for (int64_t i = from; i < smaller(to, height); ++i) gate(i, column, columns, c + i * kColumns<T>);
         });
         if (mapping) {
           pack_left_rows(tile_left, x, D, D, height);
-          mapping_tile(loss, tile_left, phi.data[j], height, target_at);
+          mapping_tile(loss, tile_left, phi.data[j] + mine, height, target_at);
         }
       }
       if (mapping) partial.data[job] = sum<T>(loss.total);
@@ -317,23 +343,29 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
          GRAD_MAP_BIAS, PHI, SIGN, GRAD_PHI, GRAD_PHI_BIAS };
   void* const* t = args->tensors;
   const bool mapping = args->coefficient != nullptr;
-  int64_t widest = R * R > 4 * R ? R * R : 4 * R, packed = 0, chunks = 0, totals = 0, columns_of_all = 0, work = 0;
+  int64_t widest = R * R > 4 * R ? R * R : 4 * R, packed = 0, largest = 0, totals = 0, columns_of_all = 0, work = 0;
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
     if (D > widest) widest = D;
-    packed += right_size<E>(D, R * R) + right_size<E>(4 * R, D) + (mapping ? right_size<E>(D, D) : 0);
-    chunks += right_size<E>(kChunk, R * R + 1);
+    const int64_t size = right_size<E>(D, R * R) + right_size<E>(4 * R, D) + (mapping ? right_size<E>(D, D) : 0);
+    packed += size;
+    if (size > largest) largest = size;
     totals += D * round_up(R * R + 1, kColumns<T>) + (4 * R + (mapping ? D : 0)) * round_up(D + 1, kColumns<T>);
     columns_of_all += D + 4 * R;
     work += 2 * rows * D * (4 * R + R * R + (mapping ? D : 0));
   }
   const int threads = useful_threads(args->threads, work);
   const int64_t row_size = R * R + padded, sums_size = R * R + kColumns<T> + padded, left_most = left_size<E>(widest);
-  Scratch<E> right(packed), chunk(chunks), left(left_most > kStrips<E> ? left_most : kStrips<E>, threads);
+  const bool own = pack_for_themselves(threads, M);
+  Scratch<E> right(own ? largest : packed, own ? threads : 1), left(left_most > kStrips<E> ? left_most : kStrips<E>, threads);
   // g_att [rows, D], then that of the projections [rows, 4R], per modality: of one pass, so they stay in cache however many rows there are.
   Scratch<Operand<S>> gradient(smaller(rows, kChunk) * columns_of_all);
   Scratch<float> waiting(kRowSums<E>, threads);
   Scratch<T> total(rows > kChunk ? totals : 0), row(per * row_size, threads), sums(kHeight<E> * sums_size, threads);
+  // u w^T of one pass, for the gradient of the map: rows as they are, packed by whoever needs them, or packed at once.
+  const int64_t outer_size = kTiles<E> ? smaller(rows, kChunk) * R * R : 0;
+  Scratch<Operand<S>> outer(M * outer_size);
+  Scratch<E> outer_packed(kTiles<E> ? 0 : M * right_size<E>(kChunk, R * R + 1));
   Scratch<T> g_u(M * rows * padded), g_w(M * rows * padded);
   Scratch<T> g_A(M > 1 ? M * B * 2 * matrix : 0), g_C(M > 1 ? M * B * matrix : 0);
   const int64_t tile_row = round_up(widest, kColumns<T>);
@@ -343,32 +375,34 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
   const int64_t of_x = mapping ? 2 : 1;                        // gradients with x as their right operand; those of the map come before them all
   Scratch<WeightGradient<S, P>> gradients((1 + of_x) * M);
   Scratch<E> x_packed(right_size<E>(kChunk, widest + 1), kTiles<E> ? threads : 1);
-  if (!ring.contracted.ok() || !right.ok() || !chunk.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
-      !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() ||
+  if (!ring.contracted.ok() || !right.ok() || !left.ok() || !gradient.ok() || !total.ok() || !waiting.ok() || !row.ok() || !sums.ok() ||
+      !g_u.ok() || !g_w.ok() || !g_A.ok() || !g_C.ok() || !map.ok() || !projection.ok() || !gradients.ok() || !outer.ok() || !outer_packed.ok() ||
       !tile_direct.ok() || !tile_mapped.ok() || !tile_signs.ok() || !phi.ok() || !x_packed.ok())
     return 1;
-  E *right_at = right.data, *chunk_at = chunk.data;
+  E *right_at = right.data, *outer_at = outer_packed.data;
   Operand<S>* gradient_at = gradient.data;
   T* total_at = total.data;
   const T loss_gradient = mapping ? *(const T*)args->loss : T(0);
   for (int64_t j = 0; j < M; ++j) {
     const int64_t D = args->widths[j];
+    if (own) right_at = right.data;
     map.data[j] = right_at;
     right_at += right_size<E>(D, R * R);
     projection.data[j] = right_at;
     right_at += right_size<E>(4 * R, D);
     auto add = [&](int64_t index, const void* rows_of, int64_t m, int64_t n, void* weight, void* bias, E* packed) {
-      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, m, n, (P*)weight, (P*)bias, T(1), packed, !rows_of, total_at};
+      gradients.data[index] = {gradient_at, nullptr, (const S*)rows_of, rows_of ? nullptr : outer.data + j * outer_size, m, n, (P*)weight, (P*)bias,
+                               T(1), packed, !rows_of, total_at};
       gradient_at += smaller(rows, kChunk) * m;
       if (rows > kChunk) total_at += m * round_up(n + 1, kColumns<T>);
     };
-    add(j, nullptr, D, R * R, t[GRAD_MAP * M + j], t[GRAD_MAP_BIAS * M + j], chunk_at);
-    chunk_at += right_size<E>(kChunk, R * R + 1);
+    add(j, nullptr, D, R * R, t[GRAD_MAP * M + j], t[GRAD_MAP_BIAS * M + j], outer_at);
+    if (!kTiles<E>) outer_at += right_size<E>(kChunk, R * R + 1);
     add(M + j * of_x, t[X * M + j], 4 * R, D, t[GRAD_PROJ_WEIGHT * M + j], t[GRAD_PROJ_BIAS * M + j], x_packed.data);
     if (!mapping) continue;
     phi.data[j] = right_at;
     right_at += right_size<E>(D, D);
-    gradients.data[M + j * of_x + 1] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], D, D, (P*)t[GRAD_PHI * M + j],
+    gradients.data[M + j * of_x + 1] = {nullptr, (const int8_t*)t[SIGN * M + j], (const S*)t[X * M + j], nullptr, D, D, (P*)t[GRAD_PHI * M + j],
                                  (P*)t[GRAD_PHI_BIAS * M + j], T(args->coefficient[j] * loss_gradient), x_packed.data, true,
                                  total_at};
     if (rows > kChunk) total_at += D * round_up(D + 1, kColumns<T>);
@@ -389,16 +423,26 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     T* S_rows = sums.of(omp_get_thread_num());
     T *direct = tile_direct.of(omp_get_thread_num()), *mapped = tile_mapped.of(omp_get_thread_num());
     PackedSigns<S>* signs = tile_signs.of(omp_get_thread_num());
-    const int64_t blocks = (widest + kBlock - 1) / kBlock;
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < M * blocks; ++job) {
-      const int64_t j = job / blocks, first = job % blocks * kBlock, D = args->widths[j];
+    const int64_t mine = own ? right.of(omp_get_thread_num()) - right.data : 0;
+    const int64_t projection_blocks = (4 * R + kBlock - 1) / kBlock, blocks = projection_blocks + (widest + kBlock - 1) / kBlock;
+    auto pack = [&](int64_t j, int64_t block) __attribute__((always_inline)) {
+      const int64_t D = args->widths[j];
       auto projections = [&](int64_t r) { return r < 4 * R ? (const P*)t[PROJ_WEIGHT * M + 4 * j + r / R] + r % R * D : nullptr; };
-      for (int64_t k = first; k < first + kBlock; k += per) {
-        if (k < D) pack_weight_rows(map.data[j], (const P*)t[MAP * M + j], D, R * R, k);
-        if (k < D && mapping) pack_weight_rows(phi.data[j], (const P*)t[PHI * M + j], D, D, k);
-        if (k < 4 * R) pack_right(projection.data[j], k, 4 * R, D, projections(k), projections(k + 1), false);
+      if (block < projection_blocks) {
+        for (int64_t k = block * kBlock; k < smaller((block + 1) * kBlock, 4 * R); k += per)
+          pack_right(projection.data[j] + mine, k, 4 * R, D, projections(k), projections(k + 1), false);
+        return;
       }
+      const int64_t first = (block - projection_blocks) * kBlock;
+      for (int64_t k = first; k < smaller(first + kBlock, D); k += per) {
+        pack_weight_rows(map.data[j] + mine, (const P*)t[MAP * M + j], D, R * R, k);
+        if (mapping) pack_weight_rows(phi.data[j] + mine, (const P*)t[PHI * M + j], D, D, k);
+      }
+    };
+    PackedForItself<decltype(pack)> weights{pack, own};
+    if (!own) {
+#pragma omp for schedule(static)
+      for (int64_t job = 0; job < M * blocks; ++job) pack(job / blocks, job % blocks);
     }
     if (M > 1) {
 #pragma omp for schedule(static)
@@ -413,6 +457,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         const S* x = (const S*)t[j] + first * D;
+        weights.need(j, projection_blocks, blocks);
         const S* attention = (const S*)t[ATTENTION * M + j] + first * D;
         const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
         const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
@@ -449,7 +494,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         if (mapping) {
           for (int i = 0; i < kHeight<E>; ++i)
             pack_left(signs, i, D, [&](int64_t d, int64_t n) { return i < height ? load_signs<T>(sign + i * D + d, n) : Vector<T>{}; });
-          multiply_beside<Strips>(signs, phi.data[j], D, D, mapped, beside);
+          multiply_beside<Strips>(signs, phi.data[j] + mine, D, D, mapped, beside);
         }
         beside.finish();
         for (int64_t i = 0; i < height; ++i)
@@ -458,7 +503,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
             if (mapping) sum += factor * load(sums_at<E>(mapped, i, d));
             store(grad_x + i * D + d, sum, D - d);
           }
-        multiply<Strips>(tile_left, map.data[j], D, R * R, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
+        multiply<Strips>(tile_left, map.data[j] + mine, D, R * R, [&](const T* c, int64_t column, int64_t, int64_t from, int64_t to) {
           for (int64_t i = from; i < smaller(to, height); ++i)
             for (int v = 0; v < kColumns<T>; v += lanes) store(S_rows + i * sums_size + column + v, load(c + i * kColumns<T> + v));
         });
@@ -471,11 +516,15 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           T *gu = row_of(g_u, j, first + i), *gw = row_of(g_w, j, first + i);
           if (padded == lanes) ring.template contract_core<1>(S_rows + i * sums_size, u, w, gu, gw);
           else ring.template contract_core<kMaxRank / lanes>(S_rows + i * sums_size, u, w, gu, gw);
-          // u w^T, the right operand of the map's gradient; two rows make a step
+          // u w^T, the right operand of the map's gradient; where it is packed at once, two rows make a step
           T* outer_row = outer_rows + i % per * row_size;
           ring.outer(u, w, outer_row);
-          if (i % per == per - 1 || i + 1 == height)
+          if constexpr (kTiles<E>) {
+            Operand<S>* to = outer.data + j * outer_size + (place + i) * R * R;
+            for (int64_t d = 0; d < R * R; d += lanes) store(to + d, load(outer_row + d), R * R - d);
+          } else if (i % per == per - 1 || i + 1 == height) {
             pack_right(gradients.data[j].right, place + i / per * per, here, R * R, (const T*)outer_rows, i % per ? (const T*)outer_row : nullptr, true);
+          }
         }
       }
       weight_gradients(gradients.data, int(M), start, rows, tile_left, own_x, tile_sums);
@@ -525,6 +574,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
     }
 
     // gradients of u, v and the projections; the indirect part of g_x
+    weights.modality = -1;
     for (int64_t start = 0; start == 0 || start < rows; start += kChunk) {
       const int64_t here = smaller(kChunk, rows - start), passed = (here + kHeight<E> - 1) / kHeight<E>;
 #pragma omp for schedule(static)
@@ -532,6 +582,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const int64_t j = job / passed, place = job % passed * kHeight<E>, first = start + place, height = smaller(kHeight<E>, here - place);
         const int64_t D = args->widths[j];
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
+        weights.need(j, 0, projection_blocks);
         auto g_proj = (Operand<S>*)gradients.data[M + j * of_x].left + place * 4 * R;
         int64_t b = ring.dialogue(first);
         for (int i = 0; i < height; ++i) {
@@ -562,7 +613,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
           }
         }
         pack_left_rows(tile_left, (const Operand<S>*)g_proj, 4 * R, 4 * R, height);
-        multiply<Strips>(tile_left, projection.data[j], 4 * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
+        multiply<Strips>(tile_left, projection.data[j] + mine, 4 * R, D, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
           // These few products are soon done: what the next ones are added to is fetched now.
           for (int64_t i = from; i < smaller(to, height); ++i)
             for (int64_t v = columns; v < 2 * columns; v += 64 / int64_t(sizeof(S))) __builtin_prefetch(grad_x + i * D + column + v, 1);

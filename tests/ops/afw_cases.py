@@ -179,7 +179,7 @@ def textbook(case: Case, given: dict[str, list[Tensor]]) -> tuple[dict[str, Tens
     return first, {"loss": loss} | dict(zip(names, found))
 
 
-def assert_same_bits_with_threads(run, counts=(1, 2, 2, 3)) -> None:
+def assert_same_bits_with_threads(run, counts=(1, 2, 2, 3, 4)) -> None:
     """run() -> tensors, in a list or a dictionary: the same bits with each number of threads."""
     before, results = torch.get_num_threads(), []
     try:
