@@ -53,11 +53,11 @@ def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[T
     returned."""
     m = len(x)
     stacks, saved, sign = state[:2 * m], state[2 * m:5 * m], state[5 * m:]
-    of_loss, grad_target, of_phi = None, [], [None] * (2 * m)
+    of_loss, grad_target, factors, of_phi = None, [], None, [None] * (2 * m)
     with branch(x[0].device) as beside:
         if grad_loss is not None:
-            found = attention_mapping.backward(grad_loss, x, sign, parameters[10 * m:11 * m], coefficient, rows, beside)
+            found, factors = attention_mapping.backward_for_gate(grad_loss, x, sign, parameters[10 * m:11 * m], coefficient, rows, beside)
             of_loss, grad_target, of_phi = found[:m], found[m:2 * m], found[2 * m:]
         found = tensor_ring.backward(grad_out, grad_target, x, offsets, stacks[:m], stacks[m:], parameters[8 * m:9 * m],
-                                     parameters[9 * m:10 * m], saved, ring, scale, beta, dropout, seed, gated_target, of_loss, beside)
+                                     parameters[9 * m:10 * m], saved, ring, scale, beta, dropout, seed, gated_target, of_loss, beside, factors)
     return [*found[:m], *[part for grad in found[m:3 * m] for part in grad.chunk(4)], *found[3 * m:], *of_phi]

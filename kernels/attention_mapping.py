@@ -179,7 +179,7 @@ def distance(mapped, target, bias, sign, losses, counted, rows_total, first, las
 @triton.jit(do_not_specialize=["first", "last", "padded"])
 def expand_signs(factor, sign, grad_target, signs, sums, first, last, padded, D: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S of the rows first ... last - 1 in the type of signs, g_target = -c S, sums of S over blocks of rows.
+    """S of the rows first ... last - 1 in the type of signs, g_target = -c S, if it is wanted, sums of S over blocks of rows.
 
     factor: c, float32, 0-dimensional. signs: [padded, COPIES * COLUMNS], COPIES times S with zeros behind it; zeros from last - first on.
     sums: float32 [cdiv(N, BLOCK_N), D]; first % BLOCK_N == 0. Grid: `column_tile` of first ... first + padded and COLUMNS.
@@ -189,7 +189,8 @@ def expand_signs(factor, sign, grad_target, signs, sums, first, last, padded, D:
     at = rows[:, None] * D + d[None, :]
     mask = (rows < last)[:, None] & (d < D)[None, :]
     s = tl.load(sign + at, mask=mask, other=0).to(tl.float32)
-    tl.store(grad_target + at, (-tl.load(factor) * s).to(grad_target.dtype.element_ty), mask=mask)
+    if grad_target is not None:
+        tl.store(grad_target + at, (-tl.load(factor) * s).to(grad_target.dtype.element_ty), mask=mask)
     local = rows - first
     for copy in tl.static_range(COPIES):
         tl.store(signs + local[:, None] * (COPIES * COLUMNS) + (copy * COLUMNS + d)[None, :], s.to(signs.dtype.element_ty),
@@ -288,23 +289,39 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
 
     Returns the gradients of x and target in the dtype of x, of weight and bias in that of weight, M each.
     """
+    return _backward(grad_loss, x, sign, weight, coefficient, counted, beside)[0]
+
+
+def backward_for_gate(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor],
+                      coefficient: Sequence[float], counted: Tensor | None = None, beside: Branch = here) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The same for `tensor_ring.backward` of this target, and None; or, from `common.LIBRARY_ROWS` rows on, the gradients of x as rows of a length
+    that suits the library, instead of those of the target the signs, and M factors c, float32, 0-dimensional: they are -c S, and an eighth of the
+    bytes that writing and reading them takes."""
+    return _backward(grad_loss, x, sign, weight, coefficient, counted, beside, gate=True)
+
+
+def _backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor], coefficient: Sequence[float],
+              counted: Tensor | None, beside: Branch, gate: bool = False) -> tuple[list[Tensor], list[Tensor] | None]:
     x, sign, weight = common.contiguous(x, sign, weight)
     rows = x[0].shape[0]
     m = len(x)
-    grad_x = [torch.empty_like(t) for t in x]
-    grad_target = [torch.empty_like(t) for t in x]
-    grads = [None] * (2 * m)                # of weight and bias
     library = common.through_library(x[0].dtype, rows)
+    gate = gate and library and rows > 0
+    grad_x = [t.new_empty((rows, common.padded(t.shape[1]))) for t in x] if gate else [torch.empty_like(t) for t in x]
+    grad_target = [None] * m if gate else [torch.empty_like(t) for t in x]
+    grads = [None] * (2 * m)                # of weight and bias
     if rows == 0 or library:
         grads = [torch.empty_like(t) for t in weight] + [t.new_empty((t.shape[0],)) for t in weight]
     if rows == 0:
         for t in grads:
             t.zero_()
-        return [*grad_x, *grad_target, *grads]
+        return [*grad_x, *grad_target, *grads], None
     if library:
         grad_loss = grad_loss if counted is None else grad_loss.to(torch.float32) * rows / counted
-        backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grads[:m], grads[m:])
-        return [*grad_x, *grad_target, *grads]
+        factors = backward_through_library(grad_loss, x, sign, weight, coefficient, grad_x, grad_target, grads[:m], grads[m:])
+        if not gate:
+            return [*grad_x, *grad_target, *grads], None
+        return [*(g[:, :t.shape[1]] for g, t in zip(grad_x, x)), *sign, *grads], [factors[c] for c in coefficient]
     meta = constants(x[0].dtype)
     row_blocks = common.cdiv(rows, meta["BLOCK_N"])
     splits = min(common.MAX_SPLITS, common.cdiv(row_blocks, 4))
@@ -335,49 +352,53 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
                 launch(0, tiles)
             for place, j in enumerate(group):
                 grads[j], grads[m + j] = found[place], found[count + place]
-    return [*grad_x, *grad_target, *grads]
+    return [*grad_x, *grad_target, *grads], None
 
 
 def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tensor], weight: list[Tensor],
-                             coefficient: Sequence[float], grad_x: list[Tensor], grad_target: list[Tensor],
-                             grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
-    """Fills the gradients. c joins Phi before the product; in float16, where it would underflow, the float32 product instead."""
+                             coefficient: Sequence[float], grad_x: list[Tensor], grad_target: Sequence[Tensor | None],
+                             grad_weight: list[Tensor], grad_bias: list[Tensor]) -> dict[float, Tensor]:
+    """Fills the gradients, of x with rows as long as there is room, and returns g_L c by c. c joins Phi before the product; in float16, where it
+    would underflow, the float32 product instead."""
     rows, dtype = x[0].shape[0], x[0].dtype
     factors = {c: grad_loss.to(torch.float32) * c for c in coefficient}
     if common.precision(dtype) == "ieee":
-        return backward_in_parts(factors, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
+        backward_in_parts(factors, x, sign, weight, coefficient, grad_x, grad_target, grad_weight, grad_bias)
+        return factors
     late = dtype == torch.float16
     float32 = {"dtype": torch.float32}
     with common.device_of(x[0]):
         for j, c in enumerate(coefficient):
-            width, factor = x[j].shape[1], factors[c]
-            ranges = common.chunks(rows, (4 if late else dtype.itemsize) * width)
+            width, factor, columns = x[j].shape[1], factors[c], grad_x[j].shape[1]
+            ranges = common.chunks(rows, (4 if late else dtype.itemsize) * columns)
             most = ranges[0][1]
-            signs = x[j].new_empty((most, width))
+            signs = x[j].new_empty((most, columns))
             sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width), **float32)
             grad_phi = x[j].new_empty((len(ranges), width, width), **float32)
+            right = x[j].new_zeros((columns, columns))
             if late:
-                right, unscaled = weight[j].to(dtype), x[j].new_empty((most, width), **float32)
+                right[:width, :width] = weight[j]
+                unscaled = x[j].new_empty((most, columns), **float32)
             else:
-                right = x[j].new_empty((width, width))
-                torch.mul(weight[j].to(torch.float32), factor, out=right)
+                torch.mul(weight[j].to(torch.float32), factor, out=right[:width, :width])
             for place, (first, last) in enumerate(ranges):
                 n = last - first
-                expand_signs[(common.cdiv(n, BLOCK_ROWS) * common.cdiv(width, BLOCK_COLUMNS),)](
-                    factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=width, COPIES=1, BLOCK_N=BLOCK_ROWS,
+                expand_signs[(common.cdiv(n, BLOCK_ROWS) * common.cdiv(columns, BLOCK_COLUMNS),)](
+                    factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=1, BLOCK_N=BLOCK_ROWS,
                     BLOCK_D=BLOCK_COLUMNS, num_warps=4, enable_fp_fusion=True)
                 if late:
                     common.product(signs[:n], right, unscaled[:n])
                     torch.mul(unscaled[:n], factor, out=grad_x[j][first:last])
                 else:
                     common.product(signs[:n], right, grad_x[j][first:last])
-                common.product(signs[:n].t(), x[j][first:last], grad_phi[place])
+                common.product(signs[:n, :width].t(), x[j][first:last], grad_phi[place])
             torch.mul(common.total(grad_phi), factor, out=grad_weight[j])
             torch.mul(sums.sum(0), factor, out=grad_bias[j])
+    return factors
 
 
 def backward_in_parts(factors: dict[float, Tensor], x: list[Tensor], sign: list[Tensor], weight: list[Tensor], coefficient: Sequence[float],
-                      grad_x: list[Tensor], grad_target: list[Tensor], grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
+                      grad_x: list[Tensor], grad_target: Sequence[Tensor | None], grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
     """The same in float32 on tensor cores. factors: g_L c by c."""
     rows = x[0].shape[0]
     tile = {"BLOCK_N": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
@@ -392,10 +413,10 @@ def backward_in_parts(factors: dict[float, Tensor], x: list[Tensor], sign: list[
             sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width))
             # Whole rows and columns of 8 throughout: with fewer the library takes kernels of several times the time.
             grad_phi = x[j].new_empty((len(ranges), common.ROW_SPLITS, columns, wide))
-            right = x[j].new_empty((width, wide), dtype=torch.bfloat16)     # (c Phi)^T
+            right = x[j].new_empty((grad_x[j].shape[1], wide), dtype=torch.bfloat16)        # (c Phi)^T
             blocks = common.cdiv(columns, BLOCK_COLUMNS)
-            split_rows[(common.cdiv(width, BLOCK_ROWS) * blocks,)](
-                weight[j], factor, right, 0, width, width, ROW_STRIDE=1, COLUMN_STRIDE=width, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
+            split_rows[(common.cdiv(right.shape[0], BLOCK_ROWS) * blocks,)](
+                weight[j], factor, right, 0, width, right.shape[0], ROW_STRIDE=1, COLUMN_STRIDE=width, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
             for place, (first, last) in enumerate(ranges):
                 n = common.cdiv(last - first, 8 * common.ROW_SPLITS) * 8 * common.ROW_SPLITS
                 grid = (common.cdiv(n, BLOCK_ROWS) * blocks,)

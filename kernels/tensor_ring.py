@@ -121,14 +121,16 @@ def store_gated(attention, x, target, out, at, mask, seed, j, rows, d0, beta, ke
 
 
 @triton.jit
-def through_gate(grad_out, grad_target, x, attention, at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET: tl.constexpr,
+def through_gate(grad_out, grad_target, factor, x, attention, at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET: tl.constexpr,
                  GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """g_att and the gate's share of g_x, g_gated (att + beta): float32 [BLOCK_N, BLOCK_D]."""
+    """g_att and the gate's share of g_x, g_gated (att + beta): float32 [BLOCK_N, BLOCK_D]. With a factor g_target is minus that times grad_target."""
     g = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
         g = tl.where(keep(seed, j, rows, d0, THRESHOLD, BLOCK_N, BLOCK_D), g * keep_scale, 0.0)
     if HAS_TARGET:
-        t = tl.load(grad_target + at, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(grad_target + at, mask=mask, other=0).to(tl.float32)
+        if factor is not None:
+            t *= -tl.load(factor)
         if GATED:
             g += t
     g_att = g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -343,7 +345,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
             d = d0 + tl.arange(0, BLOCK_D)
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
-            g_att, g_x = through_gate(grad_out, select(local, grad_targets, COUNT), x, attention, at, mask, seed, j, rows, d0, beta,
+            g_att, g_x = through_gate(grad_out, select(local, grad_targets, COUNT), None, x, attention, at, mask, seed, j, rows, d0, beta,
                                       keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
             if INTO:
                 g_x += tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
@@ -727,12 +729,12 @@ def gate_rows(xs, attentions, targets, outs, seed, first, last, beta, keep_scale
 
 
 @triton.jit(do_not_specialize=["first", "last", "padded"])
-def gate_gradients(grad_outs, grad_targets, xs, attentions, grad_xs, grad_attention, seed, first, last, padded, beta, keep_scale,
-                   D: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, HAS_TARGET: tl.constexpr,
-                   INTO: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+def gate_gradients(grad_outs, grad_targets, factor, xs, attentions, shares, grad_xs, grad_attention, seed, first, last, padded, beta,
+                   keep_scale, D: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, HAS_TARGET: tl.constexpr,
+                   SHARE: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr):
-    """The gate's share of g_x, INTO: added to what is there, and g_att of the rows first ... last - 1, 0 from last on:
-    [COUNT, padded, STRIDE] in the dtype of x. Grid: see `column_tile`, for padded rows, and COUNT.
+    """The gate's share of g_x, added to `shares`, rows of length SHARE, unless that is 0; and g_att of the rows first ... last - 1, 0 from last
+    on: [COUNT, padded, STRIDE] in the dtype of x. factor: as in `through_gate`, or None. Grid: see `column_tile`, for padded rows, and COUNT.
     """
     local = tl.program_id(1)
     j = lookup(local, GROUP, COUNT, 1, 0)
@@ -744,10 +746,10 @@ def gate_gradients(grad_outs, grad_targets, xs, attentions, grad_xs, grad_attent
     d = d0 + tl.arange(0, BLOCK_D)
     at = rows[:, None] * D + d[None, :]
     mask = (rows < last)[:, None] & (d < D)[None, :]
-    g_att, g_x = through_gate(select(local, grad_outs, COUNT), select(local, grad_targets, COUNT), x, select(local, attentions, COUNT), at,
-                              mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
-    if INTO:
-        g_x += tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
+    g_att, g_x = through_gate(select(local, grad_outs, COUNT), select(local, grad_targets, COUNT), factor, x, select(local, attentions, COUNT),
+                              at, mask, seed, j, rows, d0, beta, keep_scale, HAS_TARGET, GATED, DROPOUT, THRESHOLD, BLOCK_N, BLOCK_D)
+    if SHARE:
+        g_x += tl.load(select(local, shares, COUNT) + rows[:, None] * SHARE + d[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_attention + (rows - first)[:, None] * STRIDE + d[None, :], rounded(g_att, kind),
              mask=(rows - first < padded)[:, None] & (d < D)[None, :])
     tl.store(grad_x + at, rounded(g_x, kind), mask=mask)
@@ -947,9 +949,11 @@ def forward_through_library(x: list[Tensor], offsets: Tensor, proj_weight: list[
 def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Sequence[Tensor], offsets: Tensor,
              proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor], map_weight: Sequence[Tensor], map_bias: Sequence[Tensor],
              saved: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float, seed: Tensor | None,
-             gated_target: bool, into: Sequence[Tensor] | None = None, beside: Branch = here) -> list[Tensor]:
+             gated_target: bool, into: Sequence[Tensor] | None = None, beside: Branch = here,
+             factors: Sequence[Tensor] | None = None) -> list[Tensor]:
     """grad_out: M [N, D_j]; grad_target: M [N, D_j] or empty; saved: what `forward` returned after out and target; into: M gradients
-    that x has from elsewhere, contiguous, in its dtype: those of here are added in place, and they are returned.
+    that x has from elsewhere, contiguous, in its dtype: those of here are added in place, and they are returned. With factors, one for equal
+    widths, these two are of `attention_mapping.backward_for_gate`, and new tensors are returned.
     beside: from `ops.linear.branch`, for the gradients of the parameters.
 
     Returns the gradients of x, proj_weight, proj_bias, map_weight, map_bias, M each, in the dtypes and shapes of those.
@@ -960,7 +964,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     rank = proj_bias[0].numel() // 4
     saved = list(saved)
     proj, average, attention = saved[:m], saved[m:2 * m], saved[2 * m:]
-    grad_x = list(into) if into else [torch.empty_like(t) for t in x]
+    grad_x = list(into) if into and factors is None else [torch.empty_like(t) for t in x]
     parameters = [list(proj_weight), list(proj_bias), list(map_weight), list(map_bias)]
     grads = [list(kind) for kind in parameters]     # to be replaced
     library = common.through_library(x[0].dtype, rows)
@@ -984,7 +988,7 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     together = common.groups([t.shape[1] for t in x])
     if library:
         with common.device_of(x[0]):
-            backward_through_library(grad_out, grad_target, x, offsets, parameters, proj, average, attention, sums, grad_x, bool(into),
+            backward_through_library(grad_out, grad_target, factors, x, offsets, parameters, proj, average, attention, sums, into, grad_x,
                                      grads, ring, scale, beta, dropout, seed, gated_target, together, meta)
         return grad_x + [t for kind in grads for t in kind]
     with common.device_of(x[0]):
@@ -1032,12 +1036,13 @@ def backward(grad_out: Sequence[Tensor], grad_target: Sequence[Tensor], x: Seque
     return grad_x + [t for kind in grads for t in kind]
 
 
-def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], x: list[Tensor], offsets: Tensor,
-                             parameters: list[list[Tensor]], proj: list[Tensor], average: list[Tensor], attention: list[Tensor],
-                             sums: Tensor, grad_x: list[Tensor], into: bool, grads: list[list[Tensor]], ring: tuple[int, ...],
+def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], target_factors: Sequence[Tensor] | None, x: list[Tensor],
+                             offsets: Tensor, parameters: list[list[Tensor]], proj: list[Tensor], average: list[Tensor],
+                             attention: list[Tensor], sums: Tensor, shares: Sequence[Tensor] | None, grad_x: list[Tensor],
+                             grads: list[list[Tensor]], ring: tuple[int, ...],
                              scale: float, beta: float, dropout: float, seed: Tensor | None, gated: bool,
                              together: Sequence[tuple[int, ...]], meta: Constants) -> None:
-    """Fills grad_x (into: adds to it) and grads, of the parameters; sums: float32 [M, tiles, R, R]."""
+    """Fills grad_x (shares: what is added there; maybe itself) and grads, of the parameters; sums: float32 [M, tiles, R, R]."""
     m, tiles, rank, _ = sums.shape
     rows, dialogues = x[0].shape[0], offsets.numel() - 1
     float32 = {"dtype": torch.float32}
@@ -1064,10 +1069,10 @@ def backward_through_library(grad_out: list[Tensor], grad_target: list[Tensor], 
             grad_attention = gradients_scratch[:count * n * stride].view(count, n, stride)
             products, factors = (t[:count * n * columns].view(count, n, columns) for t in (products_scratch, factors_scratch))
             gate_gradients[(cdiv(n, GATE_ROWS) * cdiv(width, GATE_COLUMNS), count)](
-                mine(grad_out), mine(grad_target or x), mine(x), mine(attention), mine(grad_x), grad_attention, seed, first, last, n,
-                beta, keep_scale, D=width, STRIDE=stride, COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, INTO=into,
-                GATED=gated, **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4,
-                enable_fp_fusion=True)
+                mine(grad_out), mine(grad_target or x), target_factors and target_factors[group[0]], mine(x), mine(attention),
+                mine(shares or grad_x), mine(grad_x), grad_attention, seed, first, last, n, beta, keep_scale, D=width, STRIDE=stride,
+                COUNT=count, GROUP=group, HAS_TARGET=len(grad_target) > 0, SHARE=shares[group[0]].stride(0) if shares else 0, GATED=gated,
+                **common.dropout_arguments(dropout), BLOCK_N=GATE_ROWS, BLOCK_D=GATE_COLUMNS, num_warps=4, enable_fp_fusion=True)
             common.product(grad_attention[:, :, :width], packed, products)
             block = 2048 // meta["RO"] ** 2         # rows: 2048 elements of F and of S
             outer_rows[(cdiv(n, block), count)](

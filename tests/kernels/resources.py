@@ -71,9 +71,9 @@ def library(used: bool) -> Iterator[None]:
 
 
 def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank: int, gated: bool, dropout: float = 0.5,
-          beside: bool = False) -> tuple[list, list]:
+          beside: bool = False, ops: bool = False) -> tuple[list, list]:
     """Launches of one AFW layer with its loss and float32 parameters: (forward, backward). beside: gradients of parameters apart from the
-    rest, as in a CUDA graph."""
+    rest, as in a CUDA graph. ops: of the two ops, as in compiled code."""
     from ada2i_fast.kernels import attention_mapping, tensor_ring
     from ada2i_fast.ops.linear import here
 
@@ -91,9 +91,13 @@ def layer(dtype: torch.dtype, rows: int, dialogues: int, widths: list[int], rank
         _, *sign = attention_mapping.forward(x, results[m:2 * m], *phi, coefficient)
     with recorded() as backward:
         branch = (lambda call, *tensors: call(*tensors)) if beside else here
-        of_loss = attention_mapping.backward(torch.empty(()), x, sign, phi[0], coefficient, None, branch)
-        tensor_ring.backward(x, of_loss[m:2 * m], x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated, of_loss[:m],
-                             branch)
+        given, factors = torch.empty(()), None
+        if ops:
+            of_loss = attention_mapping.backward(given, x, sign, phi[0], coefficient, None, branch)
+        else:
+            of_loss, factors = attention_mapping.backward_for_gate(given, x, sign, phi[0], coefficient, None, branch)
+        tensor_ring.backward(x, of_loss[m:2 * m], x, offsets, *weights, results[2 * m:], ring, 1.0, 0.1, dropout, seed, gated,
+                             None if ops else of_loss[:m], branch, factors)
     return forward, backward
 
 
@@ -218,9 +222,9 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
             launches = []
             if dataset in DATASETS:
                 count, dialogues, width, rank, gated = DATASETS[dataset]
-                for used, beside in ((False, False), (False, True), (True, False)):
+                for used, beside, ops in ((False, False, False), (False, True, False), (True, False, False), (False, False, True), (True, False, True)):
                     with library(used):
-                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated, beside=beside), [])
+                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated, beside=beside, ops=ops), [])
             launches += sum(encoder(DTYPES[dtype], *ENCODERS[dataset]), [])
             # After attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
             if dataset in DATASETS:

@@ -185,7 +185,7 @@ def test_no_synchronisation_and_no_copies():
     with resources.library(True), Watch() as layer:
         resources.layer(torch.bfloat16, 500, 10, [300] * 3, 11, gated=True)
     # On a GPU a product is mm or addmm alone; here operands are widened first.
-    assert layer.seen <= {"empty", "empty_like", "new_empty", "slice", "sum", "select", "unbind", "t", "transpose", "view", "mul",
+    assert layer.seen <= {"empty", "empty_like", "new_empty", "new_zeros", "slice", "sum", "select", "unbind", "t", "transpose", "view", "mul",
                           "_to_copy", "mm", "addmm", "bmm", "add", "copy_", "expand", "_unsafe_view"}, layer.seen
 
 

@@ -72,6 +72,9 @@ LIBRARY_RING = {
     "library-chunks-into": ("float32", [14, 14], 3, [60, 0, 33], dict(target=False, chunks=True, into=True)),
     "library-tf32": ("float32", [70, 70, 70], 10, [36, 3], dict(dropout=0.5, tf32=True)),
     "library-parts": ("float32", [7, 7, 7], 3, [0, 150, 3], dict(dropout=0.5, parts=2, chunks=True)),
+    "library-gate": ("float32", [14, 40, 14], 5, [3, 0, 20, 1, 7], dict(gated=True, dropout=0.5, ring="list", into=True, gate=True)),
+    "library-gate-chunks": ("float32", [14, 14], 3, [60, 0, 33], dict(chunks=True, into=True, gate=True)),
+    "library-gate-bfloat16": ("bfloat16", [14, 40], 5, [3, 0, 20], dict(dropout=0.5, into=True, gate=True)),
     "library-no-target": ("float32", [14, 14, 14], 3, [9, 8], dict(gated=True, dropout=0.5, target=False)),
     "library-no-dialogue-rows": ("float32", [7, 7], 17, [0, 2, 0], dict(gated=True)),
     "library-rank-32": ("float32", [7, 7], 32, [3, 2], dict()),
@@ -274,6 +277,10 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     scale, beta = 0.7, 0.3
     grad_out = [draw(rows, d) for d in widths]
     grad_target = [draw(rows, d) for d in widths] if with_target else []
+    of_target, factors = grad_target, None
+    if settings.get("gate"):
+        of_target, factor = [torch.randint(-1, 2, (rows, d), generator=g, dtype=torch.int8) for d in widths], torch.tensor(0.375)
+        grad_target, factors = [(-factor * s).to(dtype) for s in of_target], [inside_nan(factor)] * m
     into = [draw(rows, d) for d in widths] if settings.get("into") else None
 
     def oracle(precision: torch.dtype):
@@ -293,6 +300,8 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     overwritten: list = []
     offsets_in, seed_in = inside_nan(offsets), inside_nan(seed) if dropout else None
     into_in = [inside_nan(t) for t in into] if into else None
+    if factors:                                                 # longer rows
+        into_in = [inside_nan(torch.nn.functional.pad(t, (0, 3), value=float("nan")))[:, :t.shape[1]] for t in into]
     # TF32 has the mantissa of float16; only a GPU rounds to it.
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
     with poisoned(overwritten), library(settings):
@@ -300,9 +309,9 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         saved = result[(2 if with_target else 1) * m:]
         checks.true("the attention is returned once", with_target and not gated and
                     all(a is b for a, b in zip(result[m:2 * m], saved[2 * m:])) or gated or not with_target)
-        grads = tensor_ring.backward([inside_nan(t) for t in grad_out], [inside_nan(t) for t in grad_target], given[0],
-                                     offsets_in, *given[1:], saved, flat, scale, beta, dropout, seed_in, gated, into_in, **beside(settings))
-    checks.true("added in place", not into or all(a is b for a, b in zip(grads, into_in)))
+        grads = tensor_ring.backward([inside_nan(t) for t in grad_out], [inside_nan(t) for t in of_target], given[0], offsets_in, *given[1:],
+                                     saved, flat, scale, beta, dropout, seed_in, gated, into_in, factors=factors, **beside(settings))
+    checks.true("added in place", not into or bool(factors) or all(a is b for a, b in zip(grads, into_in)))
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("saved averages", all(t.dtype == torch.float32 and t.shape == (len(lengths), rank, rank) and bool(
         torch.isfinite(t).all()) for t in saved[m:2 * m]))
@@ -349,6 +358,14 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     with poisoned(overwritten), library(settings):
         loss, *sign = attention_mapping.forward(x, target, weight, bias, coefficient)
         grads = attention_mapping.backward(inside_nan(grad_loss), x, sign, weight, coefficient, **beside(settings))
+        for_gate, factors = attention_mapping.backward_for_gate(inside_nan(grad_loss), x, sign, weight, coefficient)
+    checks.true("factors from the library", bool(factors) == bool(settings.get("library")))
+    if factors:
+        m = len(widths)
+        for_gate[m:2 * m] = [(-factor * s).to(dtype) for factor, s in zip(factors, for_gate[m:2 * m])]
+    checks.true("the same for the gate", all(a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=2 * EPS[dtype],
+                                                                                atol=2 * EPS[dtype] * b.double().abs().max().item())
+                                             for a, b in zip(for_gate, grads)))
     checks.true(f"writes outside of buffers {overwritten}", not overwritten)
     checks.true("loss is float32 and a scalar", loss.dtype == torch.float32 and loss.shape == ())
     checks.true("signs are int8", all(s.dtype == torch.int8 and s.shape == t.shape for s, t in zip(sign, x)))
