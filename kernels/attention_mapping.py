@@ -295,8 +295,8 @@ def backward(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], wei
 def backward_for_gate(grad_loss: Tensor, x: Sequence[Tensor], sign: Sequence[Tensor], weight: Sequence[Tensor],
                       coefficient: Sequence[float], counted: Tensor | None = None, beside: Branch = here) -> tuple[list[Tensor], list[Tensor] | None]:
     """The same for `tensor_ring.backward` of this target, and None; or, from `common.LIBRARY_ROWS` rows on, the gradients of x as rows of a length
-    that suits the library, instead of those of the target the signs, and M factors c, float32, 0-dimensional: they are -c S, and an eighth of the
-    bytes that writing and reading them takes."""
+    that suits the library, instead of those of the target the signs, and M factors c, float32, 0-dimensional: they are -c S, and in
+    float32 an eighth of the bytes that writing and reading them takes."""
     return _backward(grad_loss, x, sign, weight, coefficient, counted, beside, gate=True)
 
 
