@@ -28,7 +28,22 @@ part() {  # part NAME SECONDS COMMAND...
     rm -f "$output"
 }
 
-measure() { part "$1" "$2" "$PYTHON" -m benchmarks.run --results "$OUT" --name "$1" --device cuda --rounds 7 "${@:3}"; }
+measure() { part "$1" "${limit:-$2}" "$PYTHON" -m benchmarks.run --results "$OUT" --name "$1" --device cuda --rounds "$rounds" "${@:3}"; }
+
+measure_part() {  # measure_part NAME ROUNDS [SECONDS]
+    local rounds=$2 limit=${3:-}
+    case $1 in
+        # A layer for 1,000 dialogues.
+        many) measure many 35 -m scaling -k "test_many_dialogues and not algebra" ;;
+        # Compiling the textbook is slow: for one shape only.
+        compiled-layer) measure compiled-layer 35 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra" ;;
+        compiled) measure compiled 50 --tf32 -k "iemocap-training-float32 and test_model and not algebra" ;;
+        # Whole steps, eager and as CUDA graphs.
+        tf32) measure tf32 50 --tf32 -k "test_model and training-float32 and not mosei and not algebra and not compiled" ;;
+        model) measure model 45 -k "test_model and not mosei and not compiled and not algebra and not released and not meld-training-float32" ;;
+        layer) measure layer 40 -k "test_afw_layer and training and not mosei and not algebra and not compiled" ;;
+    esac
+}
 
 sanitize() {
     if command -v compute-sanitizer > /dev/null; then
@@ -46,22 +61,19 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; 
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
 part build 80 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
 part info 15 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
-# Whole steps, eager and as CUDA graphs.
-measure tf32 60 --tf32 -k "test_model and training-float32 and not mosei and not algebra and not compiled"
-measure model 50 -k "test_model and not mosei and not compiled and not algebra and not released and not meld-training-float32"
-measure layer 40 -k "test_afw_layer and training and not mosei and not algebra and not compiled"
-measure many 25 -m scaling -k test_many_dialogues
-measure many-tf32 25 --tf32 -m scaling -k "test_many_dialogues and float32 and not algebra"
-part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
-# Compiling the textbook is slow: for one shape only.
-measure compiled-layer 35 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra"
-measure compiled 90 --tf32 -k "iemocap-training-float32 and test_model and not algebra"
-# Compiling kernels takes most of the time: in as many processes as there are cores, where pytest can, and the sanitizer beside.
+# First the tests and, beside them, where this is wanted, what takes compilers long: their caches serve the measurements.
 # -v: a run that is cut off has no summary, but has named what failed.
-workers=$($PYTHON -c 'import os, xdist; print("-n", min(14, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
+workers=$($PYTHON -c 'import os, xdist; print("-n", min(13, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
-part tests 120 "$PYTHON" -m pytest -v --no-header -m gpu tests -p no:cacheprovider $workers
+for name in compiled compiled-layer many; do
+    if [ "$wanted" = "  " ] || [[ $wanted == *" $name "* ]]; then
+        [ -n "${ADA2I_CHECK_DRY:-}" ] || (OUT=$(mktemp -d); log=/dev/null; summary=/dev/null; measure_part "$name" 1 200 > /dev/null 2>&1) &
+    fi
+done
+part tests 210 "$PYTHON" -m pytest -v --no-header -m gpu tests -p no:cacheprovider $workers
 wait
+for name in many compiled-layer compiled tf32 layer model; do measure_part "$name" 7; done
+part profile 35 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 
 echo; echo "== summary"
 cat "$summary"

@@ -11,10 +11,13 @@ Backward, two launches per distinct pair, for g_Phi is a sum over all rows and c
 
 From `common.LIBRARY_ROWS` rows on the products go through the library:
 
-    distance           of Phi x, which the library makes, to the target; its sign
+    distance           of Phi x, which the library makes, to the target; its sign. "ieee" instead of both:
+    map_in_parts       as map_forward, on tensor cores, from Phi in parts
     expand_signs       S in the dtype of x, g_target, partial g_phi; library: g_x = S (c Phi), g_Phi = S^T x
-    split_rows         x and c Phi as sums of PARTS bfloat16, which have all of a float's bits: for "ieee" products, for which S is written PARTS
-                       times side by side. The tensor cores multiply these exactly, at three times the rate of float32; what is no number is NaN
+    split_rows         x and c Phi, or Phi, as sums of PARTS bfloat16, which have all of a float's bits: for "ieee" products, for which S is written
+                       PARTS times side by side. The tensor cores multiply these exactly, at three times the rate of float32 (products of x by
+                       Phi, which both have parts, at twice); what is no number is NaN. They round sums down, so small parts come first: what
+                       is lost is some 2^-24 of a sum for each 16 numbers that are added to it
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from torch import Tensor
 from ada2i_fast.ops.linear import Branch, here
 
 from . import common
-from .common import column_tile, rounded, select
+from .common import column_tile, multiply, rounded, select
 
 FLAT = 2048                         # elements per program of `distance`
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs` and `split_rows`
 PARTS = 3
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # tile of `expand_signs` and `split_rows`
+TILE = {"BLOCK_N": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
+MAP_IN_PARTS = {"BLOCK_N": 128, "BLOCK_D": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}     # wider ones spill
 
 MIXED_PARAMETERS = True     # of 16-bit x: float32 ones are rounded where a product reads them, their gradients are float32
 
@@ -56,8 +61,6 @@ def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = (tl.program_id(1) % D_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = rows < rows_total
-    if COUNTED:
-        coefficient = coefficient * rows_total / tl.load(counted)
     kind = x.dtype.element_ty
 
     mapped = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -65,19 +68,24 @@ def map_forward(xs, targets, weights, biases, signs, losses, counted, rows_total
         k = k0 + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0.0)
         block = tl.load(weight + d[None, :] * D + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-        mapped = tl.dot(x_tile.to(OPERAND), rounded(block, kind).to(OPERAND), mapped, input_precision=PRECISION)
-    mapped += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
+        mapped = multiply(x_tile.to(OPERAND), rounded(block, kind).to(OPERAND), mapped, PRECISION)
+    keep_distance(mapped, select(local, targets, COUNT), select(local, biases, COUNT), select(local, signs, COUNT), counted, rows, inside, d,
+                  losses + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)), rows_total, coefficient, COUNTED, D)
 
+
+@triton.jit
+def keep_distance(mapped, target, bias, sign, counted, rows, inside, d, loss, rows_total, coefficient, COUNTED: tl.constexpr, D: tl.constexpr):
+    """Writes the share of a tile of Phi x, given without phi, in the loss, and the signs."""
+    if COUNTED:
+        coefficient = coefficient * rows_total / tl.load(counted)
+    mapped += rounded(tl.load(bias + d, mask=d < D, other=0.0), target.dtype.element_ty).to(tl.float32)[None, :]
     at = rows[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
-    difference = mapped - tl.load(select(local, targets, COUNT) + at, mask=mask, other=0.0).to(tl.float32)
+    difference = mapped - tl.load(target + at, mask=mask, other=0.0).to(tl.float32)
     if COUNTED:
         difference = tl.where((rows < tl.load(counted))[:, None], difference, 0.0)
-    sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-    tl.store(select(local, signs, COUNT) + at, sign, mask=mask)
-    distance = tl.sum(tl.where(mask, tl.abs(difference), 0.0))
-    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(losses + program, coefficient * distance)
+    tl.store(sign + at, (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8), mask=mask)
+    tl.store(loss, coefficient * tl.sum(tl.where(mask, tl.abs(difference), 0.0)))
 
 
 @triton.jit(do_not_specialize=["rows_total", "first", "row_blocks", "splits"])
@@ -129,7 +137,7 @@ def backward_inputs(sign, weight, grad_x, grad_target, factor, row, rows_total, 
         k = k0 + tl.arange(0, BLOCK_K)
         s = tl.load(sign + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0)
         block = tl.load(weight + k[:, None] * D + d[None, :], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-        sums = tl.dot(s.to(OPERAND), rounded(block, grad_x.dtype.element_ty).to(OPERAND), sums, input_precision=PRECISION)
+        sums = multiply(s.to(OPERAND), rounded(block, grad_x.dtype.element_ty).to(OPERAND), sums, PRECISION)
     tl.store(grad_x + at, (factor * sums).to(grad_x.dtype.element_ty), mask=mask)
 
 
@@ -146,7 +154,7 @@ def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.const
         inside = rows < last
         s = tl.load(sign + rows[:, None] * D + o[None, :], mask=inside[:, None] & (o < D)[None, :], other=0)
         x_tile = tl.load(x + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        sums = tl.dot(tl.trans(s.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
+        sums = multiply(tl.trans(s.to(OPERAND)), x_tile.to(OPERAND), sums, PRECISION)
         bias += tl.sum(s.to(tl.float32), axis=0)
     tl.store(gradients + o[:, None] * D + d[None, :], factor * sums, mask=(o < D)[:, None] & (d < D)[None, :])
     if d0 == 0:
@@ -154,6 +162,42 @@ def backward_weight(x, sign, gradients, factor, first, last, o0, d0, D: tl.const
 
 
 # ---- many rows: what is left beside products of the library
+
+
+@triton.jit(do_not_specialize=["rows_total", "place"])
+def map_in_parts(x, parts, target, bias, sign, losses, counted, rows_total, place, coefficient, COUNTED: tl.constexpr, D: tl.constexpr,
+                 COLUMNS: tl.constexpr, OPERAND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`map_forward` of one modality in float32. Grid as of `column_tile`; losses from place on.
+
+    parts: those of Phi, [COLUMNS, PARTS * COLUMNS], least first. x falls apart here, x = x_0 + x_1 + x_2; products of parts that are below
+    2^-24 of x_0 Phi_0 are left out, those of x_0 Phi_0 have a sum of their own.
+    """
+    rows, d0 = column_tile(tl.zeros((), tl.int32), rows_total, D, BLOCK_N, BLOCK_D)
+    inside = rows < rows_total
+    d = d0 + tl.arange(0, BLOCK_D)
+    small = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    mapped = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        rest = tl.load(x + rows[:, None] * D + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0.0)
+        x_0 = rounded(rest, tl.bfloat16)
+        rest -= x_0.to(tl.float32)
+        x_1 = rounded(rest, tl.bfloat16)
+        rest -= x_1.to(tl.float32)
+        x_0, x_1, x_2 = x_0.to(OPERAND), x_1.to(OPERAND), rounded(rest, tl.bfloat16).to(OPERAND)
+        at = parts + d[None, :] * (3 * COLUMNS) + k[:, None]
+        mask = (k < COLUMNS)[:, None] & (d < COLUMNS)[None, :]
+        phi_2 = tl.load(at, mask=mask, other=0.0).to(OPERAND)
+        phi_1 = tl.load(at + COLUMNS, mask=mask, other=0.0).to(OPERAND)
+        phi_0 = tl.load(at + 2 * COLUMNS, mask=mask, other=0.0).to(OPERAND)
+        small = tl.dot(x_2, phi_0, small)
+        small = tl.dot(x_1, phi_1, small)
+        small = tl.dot(x_0, phi_2, small)
+        small = tl.dot(x_1, phi_0, small)
+        small = tl.dot(x_0, phi_1, small)
+        mapped = tl.dot(x_0, phi_0, mapped)
+    keep_distance(mapped + small, target, bias, sign, counted, rows, inside, d, losses + place + tl.program_id(0), rows_total, coefficient,
+                  COUNTED, D)
 
 
 @triton.jit(do_not_specialize=["rows_total", "first", "last", "place"])
@@ -205,7 +249,7 @@ def split_rows(source, factor, parts, first, last, padded, ROW_STRIDE: tl.conste
                COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """source (times factor, if there is one), float32, rows first ... last - 1 and D columns, as a sum of PARTS bfloat16, zeros around it.
 
-    parts: [padded, PARTS * COLUMNS], part after part. Grid as `expand_signs`.
+    parts: [padded, PARTS * COLUMNS], part after part, the least first. Grid as `expand_signs`.
     """
     rows, d0 = column_tile(first, first + padded, COLUMNS, BLOCK_N, BLOCK_D)
     d = d0 + tl.arange(0, BLOCK_D)
@@ -215,7 +259,7 @@ def split_rows(source, factor, parts, first, last, padded, ROW_STRIDE: tl.conste
     local = rows - first
     for part in tl.static_range(PARTS):
         value = rounded(rest, tl.bfloat16)
-        tl.store(parts + local[:, None] * (PARTS * COLUMNS) + (part * COLUMNS + d)[None, :], value,
+        tl.store(parts + local[:, None] * (PARTS * COLUMNS) + ((PARTS - 1 - part) * COLUMNS + d)[None, :], value,
                  mask=(local < padded)[:, None] & (d < COLUMNS)[None, :])
         rest -= value.to(tl.float32)
 
@@ -259,6 +303,8 @@ def forward(x: Sequence[Tensor], target: Sequence[Tensor], weight: Sequence[Tens
 def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[Tensor], bias: list[Tensor],
                             coefficient: Sequence[float], counted: Tensor | None, sign: list[Tensor]) -> Tensor:
     """The loss; fills sign."""
+    if common.precision(x[0].dtype) == "ieee":
+        return forward_in_parts(x, target, weight, bias, coefficient, counted, sign)
     launches, programs = [], 0
     for j, x_j in enumerate(x):
         width = x_j.shape[1]
@@ -277,6 +323,33 @@ def forward_through_library(x: list[Tensor], target: list[Tensor], weight: list[
                 mapped, target[j], bias[j], sign[j], losses, counted, x[j].shape[0], first, last, place, coefficient[j],
                 COUNTED=counted is not None, D=width, BLOCK=FLAT, num_warps=4, enable_fp_fusion=True)
     return losses.sum()
+
+
+def forward_in_parts(x: list[Tensor], target: list[Tensor], weight: list[Tensor], bias: list[Tensor], coefficient: Sequence[float],
+                     counted: Tensor | None, sign: list[Tensor]) -> Tensor:
+    """The same in float32 on tensor cores."""
+    rows = x[0].shape[0]
+    programs = [common.cdiv(rows, MAP_IN_PARTS["BLOCK_N"]) * common.cdiv(t.shape[1], MAP_IN_PARTS["BLOCK_D"]) for t in x]
+    losses = x[0].new_empty((sum(programs),))
+    with common.device_of(x[0]):
+        for j, c in enumerate(coefficient):
+            width = x[j].shape[1]
+            columns = common.padded(width)
+            parts = weight_in_parts(weight[j], None, columns, width, 1)
+            map_in_parts[(programs[j],)](x[j], parts, target[j], bias[j], sign[j], losses, counted, rows, sum(programs[:j]), c,
+                                         COUNTED=counted is not None, D=width, COLUMNS=columns,
+                                         OPERAND=common.storage_operand(torch.bfloat16), **MAP_IN_PARTS)
+    return losses.sum()
+
+
+def weight_in_parts(weight: Tensor, factor: Tensor | None, rows: int, row_stride: int, column_stride: int) -> Tensor:
+    """Phi, or its transpose, as the strides say, in parts: bfloat16 [rows, PARTS * columns], zeros beyond it."""
+    width = weight.shape[0]
+    columns = common.padded(width)
+    parts = weight.new_empty((rows, PARTS * columns), dtype=torch.bfloat16)
+    split_rows[(common.cdiv(rows, BLOCK_ROWS) * common.cdiv(columns, BLOCK_COLUMNS),)](
+        weight, factor, parts, 0, width, rows, ROW_STRIDE=row_stride, COLUMN_STRIDE=column_stride, D=width, COLUMNS=columns, PARTS=PARTS, **TILE)
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------- backward launcher
@@ -384,8 +457,7 @@ def backward_through_library(grad_loss: Tensor, x: list[Tensor], sign: list[Tens
             for place, (first, last) in enumerate(ranges):
                 n = last - first
                 expand_signs[(common.cdiv(n, BLOCK_ROWS) * common.cdiv(columns, BLOCK_COLUMNS),)](
-                    factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=1, BLOCK_N=BLOCK_ROWS,
-                    BLOCK_D=BLOCK_COLUMNS, num_warps=4, enable_fp_fusion=True)
+                    factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=1, **TILE)
                 if late:
                     common.product(signs[:n], right, unscaled[:n])
                     torch.mul(unscaled[:n], factor, out=grad_x[j][first:last])
@@ -401,7 +473,6 @@ def backward_in_parts(factors: dict[float, Tensor], x: list[Tensor], sign: list[
                       grad_x: list[Tensor], grad_target: Sequence[Tensor | None], grad_weight: list[Tensor], grad_bias: list[Tensor]) -> None:
     """The same in float32 on tensor cores. factors: g_L c by c."""
     rows = x[0].shape[0]
-    tile = {"BLOCK_N": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
     with common.device_of(x[0]):
         for j, c in enumerate(coefficient):
             width, factor = x[j].shape[1], factors[c]
@@ -413,15 +484,12 @@ def backward_in_parts(factors: dict[float, Tensor], x: list[Tensor], sign: list[
             sums = x[j].new_empty((common.cdiv(rows, BLOCK_ROWS), width))
             # Whole rows and columns of 8 throughout: with fewer the library takes kernels of several times the time.
             grad_phi = x[j].new_empty((len(ranges), common.ROW_SPLITS, columns, wide))
-            right = x[j].new_empty((grad_x[j].shape[1], wide), dtype=torch.bfloat16)        # (c Phi)^T
-            blocks = common.cdiv(columns, BLOCK_COLUMNS)
-            split_rows[(common.cdiv(right.shape[0], BLOCK_ROWS) * blocks,)](
-                weight[j], factor, right, 0, width, right.shape[0], ROW_STRIDE=1, COLUMN_STRIDE=width, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
+            right = weight_in_parts(weight[j], factor, grad_x[j].shape[1], 1, width)        # (c Phi)^T
             for place, (first, last) in enumerate(ranges):
                 n = common.cdiv(last - first, 8 * common.ROW_SPLITS) * 8 * common.ROW_SPLITS
-                grid = (common.cdiv(n, BLOCK_ROWS) * blocks,)
-                expand_signs[grid](factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=PARTS, **tile)
-                split_rows[grid](x[j], None, parts, first, last, n, ROW_STRIDE=width, COLUMN_STRIDE=1, D=width, COLUMNS=columns, PARTS=PARTS, **tile)
+                grid = (common.cdiv(n, BLOCK_ROWS) * common.cdiv(columns, BLOCK_COLUMNS),)
+                expand_signs[grid](factor, sign[j], grad_target[j], signs, sums, first, last, n, D=width, COLUMNS=columns, COPIES=PARTS, **TILE)
+                split_rows[grid](x[j], None, parts, first, last, n, ROW_STRIDE=width, COLUMN_STRIDE=1, D=width, COLUMNS=columns, PARTS=PARTS, **TILE)
                 common.product(signs[:last - first], right.t(), grad_x[j][first:last])
                 left = signs[:n].view(common.ROW_SPLITS, n // common.ROW_SPLITS, wide)[:, :, :columns]
                 common.product(left.transpose(1, 2), parts[:n].view(common.ROW_SPLITS, n // common.ROW_SPLITS, wide), grad_phi[place])

@@ -65,15 +65,25 @@ def rounded(value, KIND: tl.constexpr):
 
 
 @triton.jit
-def nearest(value, KIND: tl.constexpr):
-    """A computed factor of a "tf32" product beside 16-bit storage (KIND), to the nearest TF32 number: tensor cores truncate.
+def nearest(value, PRECISION: tl.constexpr):
+    """A factor of a product of float32; of a "tf32" product the nearest TF32 number, which one of 16 bits is already.
 
-    Truncation shrinks every factor, so sums do not average it out. The interpreter multiplies float32.
+    Tensor cores truncate. That shrinks every factor, so sums do not average it out, and an output of AFW is a product of a dozen of them.
+    The interpreter multiplies float32.
     """
-    if KIND.primitive_bitwidth == 16 and not _INTERPRETED:
+    if PRECISION == "tf32" and value.dtype == tl.float32 and not _INTERPRETED:
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return value
+        return value.to(tl.float32)
+
+
+@triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr):
+    """a b, added to total unless that is None, in float32; PRECISION: where not both are of one 16-bit type."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b, total)
+    else:
+        return tl.dot(nearest(a, PRECISION), nearest(b, PRECISION), total, input_precision=PRECISION)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import select
+from .common import multiply, select
 
 # Rows up to which a program of the forward pass takes 4 of them instead of 16: it walks through all modalities, and 500 rows in blocks of
 # 16 occupy 32 multiprocessors. More than that fill a GPU as they are, and larger blocks read the weight less often.
@@ -88,9 +88,9 @@ def fuse_forward(hiddens, weight, bias, labels, joint, log_prob, norms, scores, 
                     v = unit_features(w)
                 else:
                     weight_square += w * w
-                cosine = tl.dot(h, tl.trans(v), cosine, input_precision=PRECISION)
+                cosine = multiply(h, tl.trans(v), cosine, PRECISION)
             if LINEAR or not AMW:
-                mapped = tl.dot(h, tl.trans(w), mapped, input_precision=PRECISION)
+                mapped = multiply(h, tl.trans(w), mapped, PRECISION)
         norm = tl.sqrt(tl.sum(square, axis=1))
         tl.store(norms + m * rows_total.to(tl.int64) + rows, norm, mask=inside)
         cosine *= (scale * inverse(norm))[:, None]
@@ -183,14 +183,14 @@ def backward_rows_of(grad_joint, hidden, weight, norms, grad_hidden, m, row, row
             v = load_weight(weight, m, d0, M, D, C, CP, BLOCK_D)
             if OVER_CLASSES:
                 v = unit_features(v)
-            u = tl.dot(factors, v, input_precision=PRECISION)
+            u = multiply(factors, v, None, PRECISION)
             along += tl.sum(u * load_rows(hidden, rows, inside, d0, D, BLOCK_D), axis=1)
         along = tl.where(norm < 1e-12, 0.0, along / (norm * norm))
     for d0 in range(0, D, BLOCK_D):
         v = load_weight(weight, m, d0, M, D, C, CP, BLOCK_D)
         if AMW and OVER_CLASSES:
             v = unit_features(v)
-        u = tl.dot(factors, v, input_precision=PRECISION)
+        u = multiply(factors, v, None, PRECISION)
         if AMW:
             u -= along[:, None] * load_rows(hidden, rows, inside, d0, D, BLOCK_D)
         d = d0 + tl.arange(0, BLOCK_D)
@@ -210,7 +210,7 @@ def backward_weight_of(grad_joint, hidden, norms, gradients, m, first, last, d0,
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = rows < last
         factors, g = load_factors(grad_joint, tl.load(norms + rows, mask=inside, other=1.0), rows, inside, scale, C, CP, AMW)
-        total = tl.dot(tl.trans(factors), load_rows(hidden, rows, inside, d0, D, BLOCK_D), total, input_precision=PRECISION)
+        total = multiply(tl.trans(factors), load_rows(hidden, rows, inside, d0, D, BLOCK_D), total, PRECISION)
         of_bias += tl.sum(g, axis=0)
     tl.store(gradients + c[:, None] * D + d[None, :], total, mask=(c < C)[:, None] & (d < D)[None, :])
     if (m == 0) & (d0 == 0):

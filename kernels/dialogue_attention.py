@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import keep, locate
+from .common import keep, locate, multiply
 
 MOST_BATCHES = 256      # whose offsets stay on the device
 
@@ -41,7 +41,7 @@ def inner(a, rows_a, inside_a, b, rows_b, inside_b, STRIDE_A: tl.constexpr, STRI
     for d0 in range(0, HEAD, BLOCK_D):
         left = columns(a, rows_a, inside_a, d0, STRIDE_A, HEAD, BLOCK_D).to(OPERAND)
         right = columns(b, rows_b, inside_b, d0, STRIDE_B, HEAD, BLOCK_D).to(OPERAND)
-        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        total = multiply(left, tl.trans(right), total, PRECISION)
     return total
 
 
@@ -58,7 +58,7 @@ def row_products(a, b, rows, inside, STRIDE: tl.constexpr, HEAD: tl.constexpr, B
 @triton.jit
 def product(left, right, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """left right^T of two tiles from storage, [BLOCK_N, BLOCK_N]."""
-    return tl.dot(left.to(OPERAND), tl.trans(right.to(OPERAND)), input_precision=PRECISION)
+    return multiply(left.to(OPERAND), tl.trans(right.to(OPERAND)), None, PRECISION)
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def attend(qkv, offsets, out, logsum, seed, dialogues, stream, scale, keep_scale
         if DROPOUT:
             kept = keep(seed, stream + h, rows, key - start, THRESHOLD, BLOCK_N, BLOCK_N)
             weights = tl.where(kept, weights * keep_scale, 0.0)
-        values = columns(v, others, there, own, 3 * WIDTH, HEAD, BLOCK_D).to(tl.float32)
-        sums = tl.dot(weights, values, sums * shrink[:, None], input_precision=PRECISION)
+        values = columns(v, others, there, own, 3 * WIDTH, HEAD, BLOCK_D)
+        sums = multiply(weights, values, sums * shrink[:, None], PRECISION)
     if own == 0:
         keep_statistics(logsum + 2 * h, rows, inside, largest, total, HEADS)
     d = own + tl.arange(0, BLOCK_D)
@@ -192,7 +192,7 @@ def gradients_of_queries(grad_out, qkv, out, logsum, grad, seed, stream, first, 
                                        HEADS, THRESHOLD, DROPOUT, BLOCK_N)
         if not WHOLE:
             keys = columns(qkv + WIDTH, others, there, own, 3 * WIDTH, HEAD, BLOCK_D)
-        sums = tl.dot(g_s, keys.to(tl.float32), sums, input_precision=PRECISION)
+        sums = multiply(g_s, keys, sums, PRECISION)
     d = own + tl.arange(0, BLOCK_D)
     tl.store(grad + rows[:, None] * (3 * WIDTH) + d[None, :], (sums * scale).to(grad.dtype.element_ty),
              mask=inside[:, None] & (d < HEAD)[None, :])
@@ -229,10 +229,10 @@ def gradients_of_keys(grad_out, qkv, out, logsum, grad, seed, stream, first, sta
                                              keep_scale, HEADS, THRESHOLD, DROPOUT, BLOCK_N)
         if not WHOLE:
             g_out = columns(grad_out, rows, inside, own, WIDTH, HEAD, BLOCK_D)
-        sum_v = tl.dot(tl.trans(dropped), g_out.to(tl.float32), sum_v, input_precision=PRECISION)
+        sum_v = multiply(tl.trans(dropped), g_out, sum_v, PRECISION)
         if not WHOLE:
             queries = columns(qkv, rows, inside, own, 3 * WIDTH, HEAD, BLOCK_D)
-        sum_k = tl.dot(tl.trans(g_s), queries.to(tl.float32), sum_k, input_precision=PRECISION)
+        sum_k = multiply(tl.trans(g_s), queries, sum_k, PRECISION)
     d = own + tl.arange(0, BLOCK_D)
     to = grad + WIDTH + others[:, None] * (3 * WIDTH) + d[None, :]
     mask = there[:, None] & (d < HEAD)[None, :]
@@ -332,6 +332,8 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths
         meta = constants(qkv.dtype, width, heads, rows, count(lengths))
         if meta["PRECISION"] == "ieee":     # or it spills
             meta.update(BLOCK_N=16, num_warps=8 if meta["HEAD"] <= meta["BLOCK_D"] else 4, num_stages=1)
+        elif qkv.dtype == torch.float32 and meta["BLOCK_D"] > 64:
+            meta.update(BLOCK_N=16, num_warps=8)
         offsets = dialogue_offsets(lengths, qkv.device)
         tiles, programs = grid(meta, rows, count(lengths))
         with common.device_of(qkv):

@@ -45,7 +45,7 @@ from torch import Tensor
 from ada2i_fast.ops.linear import Branch, here
 
 from . import common
-from .common import cdiv, column_tile, keep, locate, lookup, nearest, part_rows, rounded, select
+from .common import cdiv, column_tile, keep, locate, lookup, multiply, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
 
@@ -96,13 +96,13 @@ def sum_parts(partial, first, parts, R: tl.constexpr, RP: tl.constexpr):
 
 @triton.jit
 def contracted(averages, dialogue, j, RING: tl.constexpr, M: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-               KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """C_j of a dialogue, M > 1; KIND: see `nearest`."""
+               PRECISION: tl.constexpr):
+    """C_j of a dialogue, M > 1."""
     at = dialogue * (R * R)
     c = load_square(select(lookup(j, RING, M, M - 1, 0), averages, M) + at, R, RP)
     for p in tl.static_range(1, M - 1):
         a = load_square(select(lookup(j, RING, M, M - 1, p), averages, M) + at, R, RP)
-        c = tl.dot(nearest(c, KIND), nearest(a, KIND), input_precision=PRECISION)
+        c = multiply(c, a, None, PRECISION)
     return c
 
 
@@ -216,13 +216,13 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
             at = weight + r[None, :] * D + d[:, None]
             mask = real[None, :] & (d < D)[:, None]
             p_q1 = rounded(tl.load(at, mask=mask, other=0.0), kind).to(OPERAND)
-            q1 = tl.dot(x_tile, p_q1, q1, input_precision=PRECISION)
+            q1 = multiply(x_tile, p_q1, q1, PRECISION)
             p_q2 = rounded(tl.load(at + R * D, mask=mask, other=0.0), kind).to(OPERAND)
-            q2 = tl.dot(x_tile, p_q2, q2, input_precision=PRECISION)
+            q2 = multiply(x_tile, p_q2, q2, PRECISION)
             p_k1 = rounded(tl.load(at + 2 * R * D, mask=mask, other=0.0), kind).to(OPERAND)
-            k1 = tl.dot(x_tile, p_k1, k1, input_precision=PRECISION)
+            k1 = multiply(x_tile, p_k1, k1, PRECISION)
             p_k2 = rounded(tl.load(at + 3 * R * D, mask=mask, other=0.0), kind).to(OPERAND)
-            k2 = tl.dot(x_tile, p_k2, k2, input_precision=PRECISION)
+            k2 = multiply(x_tile, p_k2, k2, PRECISION)
         q1 += b_q1[None, :]
         q2 += b_q2[None, :]
         k1 += b_k1[None, :]
@@ -235,7 +235,7 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
         tl.store(at_row + 3 * R, k2, mask=mask_row)
         # Rows past the part hold the biases' products: out of the sum with them.
         u = tl.where(inside[:, None], q1 * k1, 0.0)
-        sums = tl.dot(tl.trans(nearest(u, kind)), nearest(q2 * k2, kind), sums, input_precision=PRECISION)
+        sums = multiply(tl.trans(u), q2 * k2, sums, PRECISION)
     store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
 
 
@@ -280,8 +280,8 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
         c = factor * sum_parts(partial, lookup(j, RING, M, M - 1, 0) * tiles + first_tile, parts, R, RP)
         for p in tl.static_range(1, M - 1):
             a = factor * sum_parts(partial, lookup(j, RING, M, M - 1, p) * tiles + first_tile, parts, R, RP)
-            c = tl.dot(nearest(c, kind), nearest(a, kind), input_precision=PRECISION)
-        v = tl.dot(nearest(v, kind), nearest(c, kind), input_precision=PRECISION)
+            c = multiply(c, a, None, PRECISION)
+        v = multiply(v, c, None, PRECISION)
     w = narrow(scale * v, BLOCK_N, RP, RO)
 
     d = d0 + tl.arange(0, BLOCK_D)
@@ -290,7 +290,7 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
         column, real = map_columns(k0, R, KB, RO)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
         block = tl.load(weight + d[None, :] * (R * R) + column[:, None], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        attention = tl.dot(nearest(factors, kind), rounded(block, kind).to(tl.float32), attention, input_precision=PRECISION)
+        attention = multiply(factors, rounded(block, kind), attention, PRECISION)
     attention += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
 
     at = rows[:, None] * D + d[None, :]
@@ -336,7 +336,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
     r = tl.arange(0, RP)
     if M > 1:
-        c = nearest(contracted(averages, dialogue, j, RING, M, R, RP, kind, PRECISION), kind)
+        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
     grad_c = tl.zeros((RP, RP), tl.float32)
     for row in range(first, last, BLOCK_N):
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -356,8 +356,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
         v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
         if M > 1:
-            v = nearest(v, kind)
-            w = narrow(scale * tl.dot(v, c, input_precision=PRECISION), BLOCK_N, RP, RO)
+            w = narrow(scale * multiply(v, c, None, PRECISION), BLOCK_N, RP, RO)
         else:
             w = narrow(scale * v, BLOCK_N, RP, RO)
         g_w = tl.zeros((BLOCK_N, RO), tl.float32)
@@ -371,7 +370,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
                                 other=0.0)
                 block = tl.load(weight + d[:, None] * (R * R) + column[None, :], mask=(d < D)[:, None] & real[None, :],
                                 other=0.0)
-                s = tl.dot(g_att.to(OPERAND), rounded(block, kind).to(OPERAND), s, input_precision=PRECISION)
+                s = multiply(g_att.to(OPERAND), rounded(block, kind).to(OPERAND), s, PRECISION)
             s = tl.reshape(s, (BLOCK_N, KB, RO))
             k = k0 + tl.arange(0, KB)
             g_u = tl.sum(s * w[:, None, :], axis=2)
@@ -381,9 +380,8 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
         tl.store(at_row + 2 * R + o[None, :], w, mask=inside[:, None] & (o < R)[None, :])
         g_v = scale * widen(g_w, BLOCK_N, RP, RO)
         if M > 1:
-            g_v = nearest(g_v, kind)
-            grad_c = tl.dot(tl.trans(v), g_v, grad_c, input_precision=PRECISION)
-            g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
+            grad_c = multiply(tl.trans(v), g_v, grad_c, PRECISION)
+            g_v = multiply(g_v, tl.trans(c), None, PRECISION)
         tl.store(at_row + R + r[None, :], g_v, mask=inside[:, None] & (r < R)[None, :])
     if M > 1:
         store_square(partial + (j * tiles + tile) * (R * R), grad_c, R, RP)
@@ -391,8 +389,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
 @triton.jit
 def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH: tl.constexpr, M: tl.constexpr,
-                 R: tl.constexpr, RP: tl.constexpr, MAX_PARTS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-                 BLOCK_N: tl.constexpr):
+                 R: tl.constexpr, RP: tl.constexpr, MAX_PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
     """s / N_b g_A of modality j: its share in the ring of each other modality, by the product rule.
 
     In C = A_1 .. A_p .. A_m the share of A_p is (A_1 .. A_{p-1})^T g_C (A_{p+1} .. A_m)^T; PATH (from `ring_path`) names the
@@ -405,12 +402,11 @@ def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, 
         g = sum_parts(partial, (j + 1 + i) % M * tiles + first_tile, parts, R, RP)
         for p in tl.static_range(M - 2):
             code = lookup(j, PATH, M, (M - 1) * (M - 2), i * (M - 2) + p)
-            a = tl.trans(nearest(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP), KIND))
-            g = nearest(g, KIND)
+            a = tl.trans(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP))
             if code % 2 == 0:
-                g = tl.dot(a, g, input_precision=PRECISION)
+                g = multiply(a, g, None, PRECISION)
             else:
-                g = tl.dot(g, a, input_precision=PRECISION)
+                g = multiply(g, a, None, PRECISION)
         total += g
     return total * (scale / length.to(tl.float32))
 
@@ -488,33 +484,33 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
             g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
             if M > 1:
                 length = end - start
-                g_a = nearest(grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
-                                           kind, PRECISION, BLOCK_N), kind)
-                g_u = tl.dot(nearest(q2 * k2, kind), tl.trans(g_a), g_u, input_precision=PRECISION)
-                g_v = tl.dot(nearest(q1 * k1, kind), g_a, g_v, input_precision=PRECISION)
-            g_q1 = nearest(g_u * k1, kind)
-            g_q2 = nearest(g_v * k2, kind)
-            g_k1 = nearest(g_u * q1, kind)
-            g_k2 = nearest(g_v * q2, kind)
+                g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
+                                   PRECISION, BLOCK_N)
+                g_u = multiply(q2 * k2, tl.trans(g_a), g_u, PRECISION)
+                g_v = multiply(q1 * k1, g_a, g_v, PRECISION)
+            g_q1 = g_u * k1
+            g_q2 = g_v * k2
+            g_k1 = g_u * q1
+            g_k2 = g_v * q2
 
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
             g_x = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
-            p_q1 = rounded(tl.load(weight + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
-            g_x = tl.dot(g_q1, p_q1, g_x, input_precision=PRECISION)
-            p_q2 = rounded(tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
-            g_x = tl.dot(g_q2, p_q2, g_x, input_precision=PRECISION)
-            p_k1 = rounded(tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
-            g_x = tl.dot(g_k1, p_k1, g_x, input_precision=PRECISION)
-            p_k2 = rounded(tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0), kind).to(tl.float32)
-            g_x = tl.dot(g_k2, p_k2, g_x, input_precision=PRECISION)
+            p_q1 = rounded(tl.load(weight + at_weight, mask=mask_weight, other=0.0), kind)
+            g_x = multiply(g_q1, p_q1, g_x, PRECISION)
+            p_q2 = rounded(tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0), kind)
+            g_x = multiply(g_q2, p_q2, g_x, PRECISION)
+            p_k1 = rounded(tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0), kind)
+            g_x = multiply(g_k1, p_k1, g_x, PRECISION)
+            p_k2 = rounded(tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0), kind)
+            g_x = multiply(g_k2, p_k2, g_x, PRECISION)
             tl.store(grad_x + at, g_x.to(grad_x.dtype.element_ty), mask=mask)
 
-            x_tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            sum_q1 = tl.dot(tl.trans(g_q1), x_tile, sum_q1, input_precision=PRECISION)
-            sum_q2 = tl.dot(tl.trans(g_q2), x_tile, sum_q2, input_precision=PRECISION)
-            sum_k1 = tl.dot(tl.trans(g_k1), x_tile, sum_k1, input_precision=PRECISION)
-            sum_k2 = tl.dot(tl.trans(g_k2), x_tile, sum_k2, input_precision=PRECISION)
+            x_tile = tl.load(x + at, mask=mask, other=0.0)
+            sum_q1 = multiply(tl.trans(g_q1), x_tile, sum_q1, PRECISION)
+            sum_q2 = multiply(tl.trans(g_q2), x_tile, sum_q2, PRECISION)
+            sum_k1 = multiply(tl.trans(g_k1), x_tile, sum_k1, PRECISION)
+            sum_k2 = multiply(tl.trans(g_k2), x_tile, sum_k2, PRECISION)
             bias_q1 += tl.sum(g_q1, axis=0)
             bias_q2 += tl.sum(g_q2, axis=0)
             bias_k1 += tl.sum(g_k1, axis=0)
@@ -542,13 +538,11 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
     for row in range(first, last, BLOCK_N):
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = rows < last
-        g_att = tl.load(grad_attention + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :],
-                        other=0.0).to(tl.float32)
+        g_att = tl.load(grad_attention + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
         w = tl.load(vectors + rows[:, None] * (3 * R) + 2 * R + o[None, :], mask=inside[:, None] & (o < R)[None, :], other=0.0)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
-        factors = nearest(factors, grad_attention.dtype.element_ty)
-        sums = tl.dot(tl.trans(g_att), factors, sums, input_precision=PRECISION)
-        bias += tl.sum(g_att, axis=0)
+        sums = multiply(tl.trans(g_att), factors, sums, PRECISION)
+        bias += tl.sum(g_att.to(tl.float32), axis=0)
     column, real = map_columns(k0, R, KB, RO)
     tl.store(gradients + d[:, None] * (R * R) + column[None, :], sums, mask=(d < D)[:, None] & real[None, :])
     if k0 == 0:
@@ -647,7 +641,7 @@ def average_cores(partial, offsets, averages, grad_averages, dialogues, tiles, s
     if BACKWARD:
         if length > 0:                  # nobody reads those of empty dialogues
             g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j.to(tl.int64), PATH, M, R, RP,
-                               MAX_PARTS, tl.float32, "ieee", BLOCK_N)
+                               MAX_PARTS, "ieee", BLOCK_N)
             store_square(grad_averages + (j.to(tl.int64) * dialogues + dialogue) * (R * R), g_a, R, RP)
     else:
         step = part_rows(length, BLOCK_N, MAX_PARTS)
@@ -671,7 +665,7 @@ def contract_cores(projections, vectors, offsets, averages, dialogues, rows_tota
     inside = rows < end
     w = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
     if M > 1:
-        w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee"), input_precision="ieee")
+        w = tl.dot(w, contracted(averages, dialogue, j, RING, M, R, RP, "ieee"), input_precision="ieee")
     r = tl.arange(0, RP)
     at = vectors + (j.to(tl.int64) * rows_total + rows)[:, None] * (3 * R) + 2 * R + r[None, :]
     tl.store(at, scale * w, mask=inside[:, None] & (r < R)[None, :])
@@ -802,7 +796,7 @@ def core_gradients(projections, vectors, offsets, averages, grad_averages, gradi
     store_part(g_u * q1, 2, gradient, sums, rows, inside, R, RP, STRIDE)
     g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
     if M > 1:
-        c = contracted(averages, dialogue, j, RING, M, R, RP, tl.float32, "ieee")
+        c = contracted(averages, dialogue, j, RING, M, R, RP, "ieee")
         g_v = tl.dot(g_v, tl.trans(c), input_precision="ieee")
         g_v = tl.dot(q1 * k1, g_a, g_v, input_precision="ieee")
     store_part(g_v * k2, 1, gradient, sums, rows, inside, R, RP, STRIDE)

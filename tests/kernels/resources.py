@@ -34,7 +34,8 @@ DATASETS = {"iemocap": (500, 10, 300, 11, True), "meld": (96, 10, 200, 6, False)
 # name: rows, dialogues, width and heads of one encoder, feed-forward width. Heads of 128, 57, 64; "wide": 288, in several blocks.
 ENCODERS = {"iemocap": (500, 10, 1024, 8, 2048), "meld": (96, 10, 342, 6, 2048), "mosei": (230, 32, 512, 8, 2048),
             "wide": (500, 10, 1440, 5, 6144)}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# "tf32": float32 with products in TF32, for one architecture.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
 # Shared memory that one block may use, bytes (CUDA C++ programming guide, technical specifications).
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int8: "*i8"}
@@ -215,23 +216,41 @@ def usage(kernel: JITFunction, args: tuple, kwargs: dict, capability: int) -> di
             "shared": compiled.metadata.shared}
 
 
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Float32 products inside as this one of `DTYPES` has them."""
+    usual = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = usual
+
+
+def launches_of(dataset: str, dtype: torch.dtype) -> list:
+    """Every kernel's, at the sizes of a data set."""
+    launches = sum(encoder(dtype, *ENCODERS[dataset]), [])
+    if dataset not in DATASETS:
+        return launches
+    # The encoders' are last: after attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
+    count, dialogues, width, rank, gated = DATASETS[dataset]
+    layers = []
+    for used, beside, ops in ((False, False, False), (False, True, False), (True, False, False), (False, False, True), (True, False, True)):
+        with library(used):
+            layers += sum(layer(dtype, count, dialogues, [width] * 3, rank, gated, beside=beside, ops=ops), [])
+    launches = layers + launches + sum(fusion(dtype, count, width, CLASSES[dataset], released=gated), [])
+    # float32 parameters as under autocast; first more rows, so that sum_losses is among them.
+    for n, inner in ((5000, 4 * CLASSES[dataset]), (count, 0)):
+        launches += sum(head(dtype, n, CLASSES[dataset], inner, parameters=torch.float32), [])
+    return launches
+
+
 def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, dict[str, int]]:
     rows = {}
     for dataset in datasets:
         for dtype in dtypes:
-            launches = []
-            if dataset in DATASETS:
-                count, dialogues, width, rank, gated = DATASETS[dataset]
-                for used, beside, ops in ((False, False, False), (False, True, False), (True, False, False), (False, False, True), (True, False, True)):
-                    with library(used):
-                        launches += sum(layer(DTYPES[dtype], count, dialogues, [width] * 3, rank, gated, beside=beside, ops=ops), [])
-            launches += sum(encoder(DTYPES[dtype], *ENCODERS[dataset]), [])
-            # After attention_mapping reduce tensor_ring, bias + ReLU + dropout, and dropout + residual + LayerNorm.
-            if dataset in DATASETS:
-                launches += sum(fusion(DTYPES[dtype], count, width, CLASSES[dataset], released=gated), [])
-                # float32 parameters as under autocast; first more rows, so that sum_losses is among them.
-                launches += sum((sum(head(DTYPES[dtype], n, CLASSES[dataset], inner, parameters=torch.float32), [])
-                                 for n, inner in ((5000, 4 * CLASSES[dataset]), (count, 0))), [])
+            with precision(dtype):
+                launches = launches_of(dataset, DTYPES[dtype])
             seen: dict[str, int] = {}
             known = set()
             for kernel, _, args, kwargs in launches:
@@ -241,7 +260,7 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
                 name = kernel.__name__
                 seen[name] = seen.get(name, 0) + 1
                 name += f"_{seen[name]}" if seen[name] > 1 else ""
-                for capability in capabilities:
+                for capability in capabilities if dtype != "tf32" else [90]:
                     rows[f"{name}/{dataset}/{dtype}/sm_{capability}"] = usage(kernel, args, kwargs, capability)
     return rows
 

@@ -27,7 +27,7 @@ LIBRARY_BACKWARD = Counter(contract_cores=1, pack_map=1, gate_gradients=1, outer
 # Of these, what each further width and each further chunk takes.
 WIDTH_FORWARD, WIDTH_BACKWARD = Counter(pack_map=1), Counter(pack_map=1, unpack_map=1)
 CHUNK_FORWARD, CHUNK_BACKWARD = Counter(outer_rows=1, gate_rows=1), Counter(gate_gradients=1, outer_rows=1)
-OF_LOSS = ("distance", "expand_signs", "split_rows")
+OF_LOSS = ("distance", "map_in_parts", "expand_signs", "split_rows")
 
 # Attention, dropout + residual + LayerNorm and bias + ReLU + dropout of an encoder layer, each once.
 ENCODER_FORWARD = Counter(attend=1, norm_rows=1, relu_rows=1)
@@ -263,8 +263,8 @@ def test_head_does_not_synchronise():
 
 
 def test_resources():
-    """Every kernel at IEMOCAP sizes on sm_90, float32 and bfloat16."""
-    compare(resources.table(["iemocap"], ["float32", "bfloat16"], [90]))
+    """Every kernel at IEMOCAP sizes on sm_90, float32, TF32 and bfloat16."""
+    compare(resources.table(["iemocap"], ["float32", "tf32", "bfloat16"], [90]))
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ LIBRARY_MAPPING = {
     "library-mapping": ("float32", [14, 14, 14], 31, "sum", dict()),
     "library-mapping-two-widths": ("float32", [70, 9], 140, "mean", dict(chunks=True)),
     "library-mapping-one-row": ("float32", [40], 1, "sum", dict()),
+    "library-mapping-300": ("float32", [300], 200, "sum", dict()),
     "library-mapping-large": ("float32", [14, 14], 31, "sum", dict(size=1e4)),
     "library-mapping-tf32": ("float32", [70, 9], 70, "sum", dict(tf32=True)),
     "library-mapping-float16": ("float16", [70, 9], 70, "sum", dict(chunks=True)),
@@ -225,8 +226,9 @@ class Checks(list):
     """[what, error, allowed] triples; errors relative to the largest element of the float64 result."""
 
     def against(self, what: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype,
-                terms: float = 0.0) -> None:
-        """terms: the size of a sum of such terms that do not cancel, where it is known; what cancels has roundings of that size."""
+                terms: float = 0.0, floors: float = 1.0) -> None:
+        """terms: the size of a sum of such terms that do not cancel, where it is known; what cancels has roundings of that size.
+        floors: how many of them are allowed at least."""
         assert actual.shape == exact.shape, (what, actual.shape, exact.shape)
         if exact.numel() == 0:
             return
@@ -235,7 +237,7 @@ class Checks(list):
         plain_error = (plain.double() - exact).abs().max().item() / largest
         # A plain result may overflow where the kernel does not.
         allowed = 2 * plain_error if plain_error == plain_error and plain_error < 1 else 0.0
-        self.append([what, error if error == error else float("inf"), allowed + FLOOR[dtype] * EPS[dtype] * max(1.0, terms / largest)])
+        self.append([what, error if error == error else float("inf"), allowed + FLOOR[dtype] * EPS[dtype] * max(floors, terms / largest)])
 
     def true(self, what: str, holds: bool) -> None:
         self.append([what, 0.0 if holds else float("inf"), 0.0])
@@ -243,6 +245,12 @@ class Checks(list):
 
 def beside(settings: dict) -> dict:
     return {"beside": lambda call, *tensors: call(*tensors)} if settings.get("beside") else {}
+
+
+# What goes into a result of the ring: for each of three modalities q and k of two cores, C, W, g_out, x. A dozen factors, each a sum of some ten
+# products and rounded to half a unit: together sqrt(12 * 10) / 2 = 5.5 units in float32, where sums are rounded too, and sqrt(12) / 2 = 1.7 in
+# 16 bits (TF32 rounds like float16). Plain PyTorch is sometimes better by luck, not by principle.
+RING_FLOORS = 2.0
 
 
 def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths: list[int], settings: dict) -> None:
@@ -317,7 +325,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
         torch.isfinite(t).all()) for t in saved[m:2 * m]))
     for i, (a, b, c) in enumerate(zip(result, plain, exact)):
         checks.true(f"dtype of result {i}", a.dtype == dtype)
-        checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, rounded)
+        checks.against(("out" if i < m else "target") + f" {i % m}", a, b, c, rounded, floors=RING_FLOORS)
     names = [f"grad {kind} {j}" for kind in ("x", "proj_weight", "proj_bias", "map_weight", "map_bias") for j in range(m)]
     # g_p sums what g_P sums times x, whose elements have size 1.
     terms = {f"grad proj_bias {j}": exact_grads[m + j].abs().max().item() for j in range(m)}
@@ -325,7 +333,7 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     for name, t, a, b, c in zip(names, inputs, grads, plain_grads, exact_grads):
         checks.true(f"dtype of {name}", a.dtype == t.dtype and a.shape == t.shape)
         checks.against(name, a, b if b is not None else torch.zeros_like(t), c if c is not None else torch.zeros_like(t).double(),
-                       rounded, terms.get(name, 0.0))
+                       rounded, terms.get(name, 0.0), RING_FLOORS)
 
 
 def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduction: str, settings: dict) -> None:
@@ -922,6 +930,7 @@ def main() -> None:
         if arguments.only and name not in arguments.only:
             continue
         checks, start = Checks(), time.perf_counter()
+        torch.backends.cuda.matmul.fp32_precision = "ieee"      # of the cases' own that set it
         try:
             run(checks)
         except Exception as error:      # a broken kernel may fail in any way; the case fails with it
