@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         rest = ["--device", "cpu", "-k", AVX2, *rest]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        code = subprocess.call([sys.executable, "-m", "pytest", str(machine.ROOT / "benchmarks"), "--benchmark-only", "--benchmark-quiet", "-rs",
-                                f"--benchmark-json={raw}", *rest], cwd=machine.ROOT, env=environment)
+        # An interrupt is pytest's, which then ends its session and hands over the groups that are complete.
+        usual = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            code = subprocess.call([sys.executable, "-m", "pytest", str(machine.ROOT / "benchmarks"), "--benchmark-only", "--benchmark-quiet",
+                                    "-rs", f"--benchmark-json={raw}", *rest], cwd=machine.ROOT, env=environment)
+        finally:
+            signal.signal(signal.SIGINT, usual)
         if not raw.exists() or not raw.stat().st_size:
             print("nothing was measured", file=sys.stderr)
             return code or 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -208,6 +210,21 @@ def test_counting_saved_bytes_leaves_no_graph_behind(name):
     ended = []
     measure.saved_bytes(forward, competitor.free)
     assert ended
+
+
+def test_an_interrupted_run_keeps_complete_groups(tmp_path, monkeypatch):
+    """A terminal and `timeout` interrupt this process too, before pytest has written what it measured."""
+    def interrupted(command, **_):
+        os.kill(os.getpid(), signal.SIGINT)
+        target = next(a for a in command if a.startswith("--benchmark-json="))
+        Path(target.partition("=")[2]).write_text(json.dumps({"datetime": "2026-01-01T00:00:00", "benchmarks": [row("cpu", 0.01)]}))
+        return 2
+
+    usual = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(run.subprocess, "call", interrupted)
+    assert run.main(["--results", str(tmp_path), "--name", "part"]) == 2
+    assert json.loads((tmp_path / "testing-machine" / "part.json").read_text())["benchmarks"]
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def test_slug():
