@@ -15,9 +15,7 @@ import torch
 
 from ada2i_fast import backends, cpu
 
-ROOT = Path(__file__).resolve().parent.parent
-# What keeps this package, oneDNN, ATen and MKL (on Intel) from AVX-512 and AMX; set before the process starts.
-AVX2 = {"ADA2I_FAST_CPU_TIER": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+from .report import AVX2, ROOT
 
 
 def synchronize(device: str) -> None:
@@ -33,11 +31,6 @@ def device_name(device: str) -> str:
     except OSError:
         found = None
     return f"{found.group(1) if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def slug(name: str) -> str:
-    """The name of a results folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @functools.cache

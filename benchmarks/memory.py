@@ -26,7 +26,7 @@ import sys
 import threading
 from pathlib import Path
 
-from . import cases, implementations, machine, report
+from . import implementations, machine, report
 from .cases import IEMOCAP, MELD, Case
 
 CASES = [Case("model", IEMOCAP), Case("model", IEMOCAP, dtype="bfloat16"), Case("model", IEMOCAP, preset="released"), Case("model", MELD)]
@@ -75,7 +75,7 @@ def measure(case: Case, implementation: str, threads: int | None = None) -> int:
     """`peak_of_a_step` of one of CASES in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--row", str(CASES.index(case)), implementation]
     limits = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    done = subprocess.run(command, cwd=machine.ROOT, env={**os.environ, **ALLOCATOR, **limits}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=report.ROOT, env={**os.environ, **ALLOCATOR, **limits}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = {name: measure(case, name) for name in NAMES}
         rows += [dict(group=case.group, implementation=name, peak_bytes=bytes_, of_textbook=bytes_ / found["textbook"])
                  for name, bytes_ in found.items()]
-    report.write(options.results / machine.slug(facts["device"]) / "memory.json", {
+    report.write(options.results / report.slug(facts["device"]) / "memory.json", {
         "kind": "memory", "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "environment": facts}, rows)
     return report.main(["--results", str(options.results)])
 

@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [row for case in chosen for row in measure_case(case, options.rounds)]
         # As many conversations as the data sets train on, or fewer of the same lengths: a pass of some seconds.
         passes = [preparation(IEMOCAP, 120, (20, 78)), preparation(MELD, 400, (2, 17))]
-    report.write(options.results / machine.slug(facts["device"]) / "profile.json", {
+    report.write(options.results / report.slug(facts["device"]) / "profile.json", {
         "kind": "profile", "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "environment": facts,
         "preparation": passes}, rows)
     return report.main(["--results", str(options.results)])

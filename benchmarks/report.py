@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+ROOT, RESULTS = HERE.parent, HERE / "results"
+# What keeps this package, oneDNN, ATen and MKL (on Intel) from AVX-512 and AMX; set before the process starts.
+AVX2 = {"ADA2I_FAST_CPU_TIER": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 PEERS = ("textbook", "compiled", "released", "algebra")
 OURS = ("cpu", "triton", "cuda", "graph")
 COLOURS = {"textbook": "tab:red", "compiled": "tab:orange", "released": "tab:gray", "algebra": "tab:blue", "cpu": "tab:green", "triton": "tab:purple",
@@ -65,6 +68,11 @@ def load(path: Path) -> dict:
     if "kind" not in raw:
         rows = [{"group": row["group"], **row["extra_info"]} for row in rows if row.get("extra_info")]
     return {"kind": "benchmarks", "environment": rows[0] if rows else {}, "datetime": "", **raw, "rows": rows, "path": path}
+
+
+def slug(name: str) -> str:
+    """The name of a device's results folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write(path: Path, head: dict, rows: list[dict]) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import machine, report
+from . import report
 
 # The same in every row of a session: kept once.
 ENVIRONMENT = ("device", "cpu", "cpu_tier", "threads", "load_at_start", "python", "torch", "triton", "cuda", "float32_matmul_precision",
@@ -42,7 +42,7 @@ def everything(results: Path, rest: list[str]) -> int:
     for name, arguments in (("run", rest), ("run", ["--name", "scaling", "-m", "scaling", *rest]), ("run", ["--avx2", *rest]), ("memory", []),
                             ("profile", [])):
         start = time.perf_counter()
-        codes.append(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", "--results", str(results), *arguments], cwd=machine.ROOT))
+        codes.append(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", "--results", str(results), *arguments], cwd=report.ROOT))
         print(f"{name} {' '.join(arguments)}: {time.perf_counter() - start:.0f} s, exit status {codes[-1]}", flush=True)
     return max(codes)
 
@@ -59,15 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
         return everything(options.results.resolve(), rest)
     environment = dict(os.environ)
     if options.avx2:
-        environment |= machine.AVX2
+        environment |= report.AVX2
         rest = ["--device", "cpu", "-k", AVX2, *rest]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         # An interrupt is pytest's, which then ends its session and hands over the groups that are complete.
         usual = signal.signal(signal.SIGINT, lambda *_: None)
         try:
-            code = subprocess.call([sys.executable, "-m", "pytest", str(machine.ROOT / "benchmarks"), "--benchmark-only", "--benchmark-quiet",
-                                    "-rs", f"--benchmark-json={raw}", *rest], cwd=machine.ROOT, env=environment)
+            code = subprocess.call([sys.executable, "-m", "pytest", str(report.ROOT / "benchmarks"), "--benchmark-only", "--benchmark-quiet",
+                                    "-rs", f"--benchmark-json={raw}", *rest], cwd=report.ROOT, env=environment)
         finally:
             signal.signal(signal.SIGINT, usual)
         if not raw.exists() or not raw.stat().st_size:
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             return code or 1
         found = slim(json.loads(raw.read_text()))
     name = options.name or ("avx2" if options.avx2 else "default")
-    report.write(options.results / machine.slug(found["environment"]["device"]) / f"{name}.json", found, found.pop("benchmarks"))
+    report.write(options.results / report.slug(found["environment"]["device"]) / f"{name}.json", found, found.pop("benchmarks"))
     report.main(["--results", str(options.results)])
     return code                             # a row that failed its check is missing from the file, and the code says so
 

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 
 pytest.importorskip("pytest_benchmark")
 from ada2i_fast import cpu  # noqa: E402
-from benchmarks import cases, implementations, machine, measure, memory, profile, report, run  # noqa: E402
+from benchmarks import cases, implementations, measure, memory, profile, report, run  # noqa: E402
 
 IMPLEMENTATIONS = ["textbook", "algebra", pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not())))]
 TINY = cases.Shape("tiny", "iemocap", (3, 1, 5), (("hidden_dim", 8), ("tensor_rank", 3), ("feedforward_dim", 16)))
@@ -228,7 +228,7 @@ def test_an_interrupted_run_keeps_complete_groups(tmp_path, monkeypatch):
 
 
 def test_slug():
-    assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
