@@ -15,9 +15,9 @@ From `common.LIBRARY_ROWS` rows on the products go through the library:
     map_in_parts       as map_forward, on tensor cores, from Phi in parts
     expand_signs       S in the dtype of x, g_target, partial g_phi; library: g_x = S (c Phi), g_Phi = S^T x
     split_rows         x and c Phi, or Phi, as sums of PARTS bfloat16, which have all of a float's bits: for "ieee" products, for which S is written
-                       PARTS times side by side. The tensor cores multiply these exactly, at three times the rate of float32 (products of x by
-                       Phi, which both have parts, at twice); what is no number is NaN. They round sums down, so small parts come first: what
-                       is lost is some 2^-24 of a sum for each 16 numbers that are added to it
+                       PARTS times side by side. The tensor cores multiply these exactly, at three times the rate of float32 (x by Phi, which
+                       both have parts, takes two thirds of its time); what is no number is NaN. They round sums down, so small parts come
+                       first: what is lost is some 2^-24 of a sum for each 16 numbers that are added to it
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def forward_in_parts(x: list[Tensor], target: list[Tensor], weight: list[Tensor]
 
 
 def weight_in_parts(weight: Tensor, factor: Tensor | None, rows: int, row_stride: int, column_stride: int) -> Tensor:
-    """Phi, or its transpose, as the strides say, in parts: bfloat16 [rows, PARTS * columns], zeros beyond it."""
+    """Phi (times factor), or its transpose, as the strides say, in parts: bfloat16 [rows, PARTS * columns], zeros beyond it."""
     width = weight.shape[0]
     columns = common.padded(width)
     parts = weight.new_empty((rows, PARTS * columns), dtype=torch.bfloat16)
