@@ -69,7 +69,7 @@ def nearest(value, PRECISION: tl.constexpr):
     """A factor of a product of float32; of a "tf32" product the nearest TF32 number, which one of 16 bits is already.
 
     Tensor cores truncate. That shrinks every factor, so sums do not average it out, and an output of AFW is a product of a dozen of them.
-    The interpreter multiplies float32.
+    The interpreter multiplies float32. A factor of several products, or of a transposed one, is rounded once and before: it takes fewer registers.
     """
     if PRECISION == "tf32" and value.dtype == tl.float32 and not _INTERPRETED:
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1)

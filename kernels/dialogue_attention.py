@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import keep, locate, multiply
+from .common import keep, locate, multiply, nearest
 
 MOST_BATCHES = 256      # whose offsets stay on the device
 
@@ -229,10 +229,10 @@ def gradients_of_keys(grad_out, qkv, out, logsum, grad, seed, stream, first, sta
                                              keep_scale, HEADS, THRESHOLD, DROPOUT, BLOCK_N)
         if not WHOLE:
             g_out = columns(grad_out, rows, inside, own, WIDTH, HEAD, BLOCK_D)
-        sum_v = multiply(tl.trans(dropped), g_out, sum_v, PRECISION)
+        sum_v = tl.dot(tl.trans(nearest(dropped, PRECISION)), nearest(g_out, PRECISION), sum_v, input_precision=PRECISION)
         if not WHOLE:
             queries = columns(qkv, rows, inside, own, 3 * WIDTH, HEAD, BLOCK_D)
-        sum_k = multiply(tl.trans(g_s), queries, sum_k, PRECISION)
+        sum_k = tl.dot(tl.trans(nearest(g_s, PRECISION)), nearest(queries, PRECISION), sum_k, input_precision=PRECISION)
     d = own + tl.arange(0, BLOCK_D)
     to = grad + WIDTH + others[:, None] * (3 * WIDTH) + d[None, :]
     mask = there[:, None] & (d < HEAD)[None, :]

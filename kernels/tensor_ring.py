@@ -45,7 +45,7 @@ from torch import Tensor
 from ada2i_fast.ops.linear import Branch, here
 
 from . import common
-from .common import cdiv, column_tile, keep, locate, lookup, multiply, part_rows, rounded, select
+from .common import cdiv, column_tile, keep, locate, lookup, multiply, nearest, part_rows, rounded, select
 
 GATE_ROWS, GATE_COLUMNS = 32, 64     # tile of the element-wise kernels
 
@@ -235,7 +235,7 @@ def project(xs, offsets, weights, biases, projections, partial, dialogues, tiles
         tl.store(at_row + 3 * R, k2, mask=mask_row)
         # Rows past the part hold the biases' products: out of the sum with them.
         u = tl.where(inside[:, None], q1 * k1, 0.0)
-        sums = multiply(tl.trans(u), q2 * k2, sums, PRECISION)
+        sums = tl.dot(tl.trans(nearest(u, PRECISION)), nearest(q2 * k2, PRECISION), sums, input_precision=PRECISION)
     store_square(partial + (j * tiles + tile) * (R * R), sums, R, RP)
 
 
@@ -288,8 +288,8 @@ def contract(xs, offsets, projections, weights, biases, partial, averages, atten
     attention = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for k0 in range(0, R, KB):
         column, real = map_columns(k0, R, KB, RO)
-        factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
         block = tl.load(weight + d[None, :] * (R * R) + column[:, None], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
         attention = multiply(factors, rounded(block, kind), attention, PRECISION)
     attention += rounded(tl.load(select(local, biases, COUNT) + d, mask=d < D, other=0.0), kind).to(tl.float32)[None, :]
 
@@ -336,7 +336,7 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
     r = tl.arange(0, RP)
     if M > 1:
-        c = contracted(averages, dialogue, j, RING, M, R, RP, PRECISION)
+        c = nearest(contracted(averages, dialogue, j, RING, M, R, RP, PRECISION), PRECISION)
     grad_c = tl.zeros((RP, RP), tl.float32)
     for row in range(first, last, BLOCK_N):
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -356,7 +356,8 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
 
         v = load_projection(proj, rows, inside, 1, R, RP) * load_projection(proj, rows, inside, 3, R, RP)
         if M > 1:
-            w = narrow(scale * multiply(v, c, None, PRECISION), BLOCK_N, RP, RO)
+            v = nearest(v, PRECISION)
+            w = narrow(scale * tl.dot(v, c, input_precision=PRECISION), BLOCK_N, RP, RO)
         else:
             w = narrow(scale * v, BLOCK_N, RP, RO)
         g_w = tl.zeros((BLOCK_N, RO), tl.float32)
@@ -380,8 +381,9 @@ def backward_rows(grad_outs, grad_targets, xs, offsets, projections, averages, a
         tl.store(at_row + 2 * R + o[None, :], w, mask=inside[:, None] & (o < R)[None, :])
         g_v = scale * widen(g_w, BLOCK_N, RP, RO)
         if M > 1:
-            grad_c = multiply(tl.trans(v), g_v, grad_c, PRECISION)
-            g_v = multiply(g_v, tl.trans(c), None, PRECISION)
+            g_v = nearest(g_v, PRECISION)
+            grad_c = tl.dot(tl.trans(v), g_v, grad_c, input_precision=PRECISION)
+            g_v = tl.dot(g_v, tl.trans(c), input_precision=PRECISION)
         tl.store(at_row + R + r[None, :], g_v, mask=inside[:, None] & (r < R)[None, :])
     if M > 1:
         store_square(partial + (j * tiles + tile) * (R * R), grad_c, R, RP)
@@ -402,11 +404,12 @@ def grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, 
         g = sum_parts(partial, (j + 1 + i) % M * tiles + first_tile, parts, R, RP)
         for p in tl.static_range(M - 2):
             code = lookup(j, PATH, M, (M - 1) * (M - 2), i * (M - 2) + p)
-            a = tl.trans(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP))
+            a = tl.trans(nearest(load_square(select(code // 2, averages, M) + dialogue * (R * R), R, RP), PRECISION))
+            g = nearest(g, PRECISION)
             if code % 2 == 0:
-                g = multiply(a, g, None, PRECISION)
+                g = tl.dot(a, g, input_precision=PRECISION)
             else:
-                g = multiply(g, a, None, PRECISION)
+                g = tl.dot(g, a, input_precision=PRECISION)
         total += g
     return total * (scale / length.to(tl.float32))
 
@@ -484,33 +487,33 @@ def backward_projections(x, offsets, proj, averages, weight, grad_x, vectors, pa
             g_v = tl.load(at_row + R, mask=mask_row, other=0.0)
             if M > 1:
                 length = end - start
-                g_a = grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
-                                   PRECISION, BLOCK_N)
-                g_u = multiply(q2 * k2, tl.trans(g_a), g_u, PRECISION)
-                g_v = multiply(q1 * k1, g_a, g_v, PRECISION)
-            g_q1 = g_u * k1
-            g_q2 = g_v * k2
-            g_k1 = g_u * q1
-            g_k2 = g_v * q2
+                g_a = nearest(grad_average(partial, averages, dialogue, first_tile, length, tiles, scale, j, PATH, M, R, RP, MAX_PARTS,
+                                           PRECISION, BLOCK_N), PRECISION)
+                g_u = tl.dot(nearest(q2 * k2, PRECISION), tl.trans(g_a), g_u, input_precision=PRECISION)
+                g_v = tl.dot(nearest(q1 * k1, PRECISION), g_a, g_v, input_precision=PRECISION)
+            g_q1 = nearest(g_u * k1, PRECISION)
+            g_q2 = nearest(g_v * k2, PRECISION)
+            g_k1 = nearest(g_u * q1, PRECISION)
+            g_k2 = nearest(g_v * q2, PRECISION)
 
             at = rows[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]
             g_x = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
             p_q1 = rounded(tl.load(weight + at_weight, mask=mask_weight, other=0.0), kind)
-            g_x = multiply(g_q1, p_q1, g_x, PRECISION)
+            g_x = tl.dot(g_q1, nearest(p_q1, PRECISION), g_x, input_precision=PRECISION)
             p_q2 = rounded(tl.load(weight + R * D + at_weight, mask=mask_weight, other=0.0), kind)
-            g_x = multiply(g_q2, p_q2, g_x, PRECISION)
+            g_x = tl.dot(g_q2, nearest(p_q2, PRECISION), g_x, input_precision=PRECISION)
             p_k1 = rounded(tl.load(weight + 2 * R * D + at_weight, mask=mask_weight, other=0.0), kind)
-            g_x = multiply(g_k1, p_k1, g_x, PRECISION)
+            g_x = tl.dot(g_k1, nearest(p_k1, PRECISION), g_x, input_precision=PRECISION)
             p_k2 = rounded(tl.load(weight + 3 * R * D + at_weight, mask=mask_weight, other=0.0), kind)
-            g_x = multiply(g_k2, p_k2, g_x, PRECISION)
+            g_x = tl.dot(g_k2, nearest(p_k2, PRECISION), g_x, input_precision=PRECISION)
             tl.store(grad_x + at, g_x.to(grad_x.dtype.element_ty), mask=mask)
 
-            x_tile = tl.load(x + at, mask=mask, other=0.0)
-            sum_q1 = multiply(tl.trans(g_q1), x_tile, sum_q1, PRECISION)
-            sum_q2 = multiply(tl.trans(g_q2), x_tile, sum_q2, PRECISION)
-            sum_k1 = multiply(tl.trans(g_k1), x_tile, sum_k1, PRECISION)
-            sum_k2 = multiply(tl.trans(g_k2), x_tile, sum_k2, PRECISION)
+            x_tile = nearest(tl.load(x + at, mask=mask, other=0.0), PRECISION)
+            sum_q1 = tl.dot(tl.trans(g_q1), x_tile, sum_q1, input_precision=PRECISION)
+            sum_q2 = tl.dot(tl.trans(g_q2), x_tile, sum_q2, input_precision=PRECISION)
+            sum_k1 = tl.dot(tl.trans(g_k1), x_tile, sum_k1, input_precision=PRECISION)
+            sum_k2 = tl.dot(tl.trans(g_k2), x_tile, sum_k2, input_precision=PRECISION)
             bias_q1 += tl.sum(g_q1, axis=0)
             bias_q2 += tl.sum(g_q2, axis=0)
             bias_k1 += tl.sum(g_k1, axis=0)
@@ -539,9 +542,10 @@ def backward_map(proj, grad_attention, vectors, gradients, first, last, d0, k0, 
         rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = rows < last
         g_att = tl.load(grad_attention + rows[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        left = tl.trans(nearest(g_att, PRECISION))
         w = tl.load(vectors + rows[:, None] * (3 * R) + 2 * R + o[None, :], mask=inside[:, None] & (o < R)[None, :], other=0.0)
         factors = outer(load_core(proj, rows, inside, k0, R, KB), w, BLOCK_N, KB, RO)
-        sums = multiply(tl.trans(g_att), factors, sums, PRECISION)
+        sums = tl.dot(left, nearest(factors, PRECISION), sums, input_precision=PRECISION)
         bias += tl.sum(g_att.to(tl.float32), axis=0)
     column, real = map_columns(k0, R, KB, RO)
     tl.store(gradients + d[:, None] * (R * R) + column[None, :], sums, mask=(d < D)[:, None] & real[None, :])

@@ -31,7 +31,7 @@ MUTATIONS = [
     ("bound", "tensor_ring.py", "inside = rows < end\n    v =", "inside = rows <= end\n    v =", ["three-modalities"]),
     ("scale", "tensor_ring.py", "BLOCK_D), gated * keep_scale, 0.0", "BLOCK_D), gated, 0.0", ["three-modalities"]),
     ("sign", "tensor_ring.py", "            g += t", "            g -= t", ["three-modalities"]),
-    ("index", "tensor_ring.py", "g_q1 = g_u * k1", "g_q1 = g_u * q1", RING),
+    ("index", "tensor_ring.py", "g_q1 = nearest(g_u * k1, PRECISION)", "g_q1 = nearest(g_u * q1, PRECISION)", RING),
     ("scale", "tensor_ring.py", "return total * (scale / length", "return total * (1.0 / length", ["float16-rank-3", "three-modalities"]),
     ("index", "tensor_ring.py", "if code % 2 == 0:", "if code % 2 == 1:", ["three-modalities"]),
     ("index", "tensor_ring.py", "return k * R + o, (k < R) & (o < R)", "return k * R + o, (k < R)", ["float16-rank-3"]),

@@ -16,7 +16,8 @@ from runs import beyond, keys, results  # noqa: E402
 
 CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
          *keys("LIBRARY_RING"), *keys("LIBRARY_MAPPING"),
-         "mapping-counted", "library-mapping-close", "fusion-zeros", *keys("FUSION"), "head-edges", *keys("HEAD"), *encoder_cases.FUSED, *encoder_cases.ATTENTION]
+         "mapping-counted", "library-mapping-close", "fusion-zeros", *keys("FUSION"), "head-edges", *keys("HEAD"), *encoder_cases.FUSED,
+         *encoder_cases.ATTENTION]
 
 
 @pytest.fixture(scope="module")
