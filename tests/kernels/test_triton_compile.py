@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -11,7 +12,9 @@ pytest.importorskip("ada2i_fast.kernels")
 
 import resources
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
 
 from ada2i_fast.kernels import common, dialogue_attention, tensor_ring
 
@@ -265,6 +268,20 @@ def test_head_does_not_synchronise():
 def test_resources():
     """Every kernel at IEMOCAP sizes on sm_90, float32, TF32 and bfloat16."""
     compare(resources.table(["iemocap"], ["float32", "tf32", "bfloat16"], [90]))
+
+
+def test_factors_of_tf32_products_are_rounded():
+    """Tensor cores would cut them off, which no interpreter shows."""
+    with resources.precision("tf32"):
+        launches = resources.launches_of("meld", torch.float32)
+    multiplying = set()
+    for kernel, _, args, kwargs in launches:
+        what, options = resources.source(kernel, args, kwargs)
+        ptx = triton.compile(what, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        if re.search(r"mma\S*\.tf32", ptx):
+            multiplying.add(kernel.__name__)
+            assert "cvt.rna.tf32" in ptx, kernel.__name__
+    assert multiplying >= {"project", "contract", "backward_rows", "backward_weights", "map_forward", "map_backward", "attend", "attend_gradients"}
 
 
 @pytest.mark.slow
