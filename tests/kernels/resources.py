@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -246,7 +248,7 @@ def launches_of(dataset: str, dtype: torch.dtype) -> list:
 
 
 def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, dict[str, int]]:
-    rows = {}
+    tasks = {}
     for dataset in datasets:
         for dtype in dtypes:
             with precision(dtype):
@@ -261,8 +263,22 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
                 seen[name] = seen.get(name, 0) + 1
                 name += f"_{seen[name]}" if seen[name] > 1 else ""
                 for capability in capabilities if dtype != "tf32" else [90]:
-                    rows[f"{name}/{dataset}/{dtype}/sm_{capability}"] = usage(kernel, args, kwargs, capability)
-    return rows
+                    tasks[f"{name}/{dataset}/{dtype}/sm_{capability}"] = kernel, args, kwargs, capability
+    return dict(zip(tasks, in_processes(list(tasks.values()))))
+
+
+_tasks: list[tuple] = []                # of the processes that are forked, since kernels cannot be sent
+
+
+def in_processes(tasks: list[tuple]) -> list[dict[str, int]]:
+    """`usage` of each, in as many processes as there are cores: compilers take a second for each."""
+    _tasks[:] = tasks
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(_usage_of, range(len(tasks)), chunksize=4)
+
+
+def _usage_of(task: int) -> dict[str, int]:
+    return usage(*_tasks[task])
 
 
 def complaints(rows: dict[str, dict[str, int]], recorded_rows: dict[str, dict[str, int]], slack: int = 8) -> list[str]:
