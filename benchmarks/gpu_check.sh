@@ -14,9 +14,11 @@ log=$OUT/check.log
 summary=$(mktemp)
 wanted=" $* "
 
+asked() { [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]]; }
+
 part() {  # part NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS; shift 2
-    [ "$wanted" = "  " ] || [[ $wanted == *" $name "* ]] || return
+    asked "$name" || return
     echo "== $name, at most $limit s: $*" | tee -a "$log"
     [ -n "${ADA2I_CHECK_DRY:-}" ] && return
     local output; output=$(mktemp)
@@ -66,9 +68,7 @@ part info 15 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(13, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
 for name in compiled compiled-layer many; do
-    if [ "$wanted" = "  " ] || [[ $wanted == *" $name "* ]]; then
-        [ -n "${ADA2I_CHECK_DRY:-}" ] || (OUT=$(mktemp -d); log=/dev/null; summary=/dev/null; measure_part "$name" 1 200 > /dev/null 2>&1) &
-    fi
+    asked "$name" && [ -z "${ADA2I_CHECK_DRY:-}" ] && (OUT=$(mktemp -d); log=/dev/null; summary=/dev/null; measure_part "$name" 1 200) > /dev/null 2>&1 &
 done
 part tests 200 "$PYTHON" -m pytest -q --no-header -m gpu tests -p no:cacheprovider $workers
 wait

@@ -205,6 +205,15 @@ def compilation(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[str, ..
     return kernel.__name__, str(what.signature), str(what.constants), str(what.attrs), str(options)
 
 
+def distinct(launches: list) -> Iterator[tuple[JITFunction, tuple, dict]]:
+    """One launch of each that would be compiled."""
+    known = set()
+    for kernel, _, args, kwargs in launches:
+        if (facts := compilation(kernel, args, kwargs)) not in known:
+            known.add(facts)
+            yield kernel, args, kwargs
+
+
 def usage(kernel: JITFunction, args: tuple, kwargs: dict, capability: int) -> dict[str, int]:
     """Compile one launch: registers, stack and local bytes per thread, shared bytes per block."""
     what, options = source(kernel, args, kwargs)
@@ -254,11 +263,7 @@ def table(datasets=ENCODERS, dtypes=DTYPES, capabilities=SHARED) -> dict[str, di
             with precision(dtype):
                 launches = launches_of(dataset, DTYPES[dtype])
             seen: dict[str, int] = {}
-            known = set()
-            for kernel, _, args, kwargs in launches:
-                if (facts := compilation(kernel, args, kwargs)) in known:
-                    continue
-                known.add(facts)
+            for kernel, args, kwargs in distinct(launches):
                 name = kernel.__name__
                 seen[name] = seen.get(name, 0) + 1
                 name += f"_{seen[name]}" if seen[name] > 1 else ""

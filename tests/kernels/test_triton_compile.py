@@ -275,7 +275,7 @@ def test_factors_of_tf32_products_are_rounded():
     with resources.precision("tf32"):
         launches = resources.launches_of("meld", torch.float32)
     multiplying = set()
-    for kernel, _, args, kwargs in launches:
+    for kernel, args, kwargs in resources.distinct(launches):
         what, options = resources.source(kernel, args, kwargs)
         ptx = triton.compile(what, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         if re.search(r"mma\S*\.tf32", ptx):

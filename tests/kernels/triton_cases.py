@@ -256,7 +256,8 @@ def ring_case(checks: Checks, dtype: str, widths: list[int], rank: int, lengths:
     from ada2i_fast.kernels import common, tensor_ring
     from ada2i_fast.ops.tensor_ring import tensor_ring_torch
 
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"     # block sizes too
+    if settings.get("tf32"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"      # block sizes too
     dtype = getattr(torch, dtype)
     gated, dropout, with_target = settings.get("gated", False), settings.get("dropout", 0.0), settings.get("target", True)
     m, rows = len(widths), sum(lengths)
@@ -339,7 +340,8 @@ def mapping_case(checks: Checks, dtype: str, widths: list[int], rows: int, reduc
     from ada2i_fast.kernels import attention_mapping
     from ada2i_fast.ops.attention_mapping import attention_mapping_torch
 
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if settings.get("tf32") else "ieee"
+    if settings.get("tf32"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     dtype = getattr(torch, dtype)
     # TF32 has the mantissa of float16; only a GPU rounds to it.
     rounded = torch.float16 if settings.get("tf32") and encoder_cases.device().type == "cuda" else dtype
@@ -948,7 +950,7 @@ def main() -> None:
         if arguments.only and name not in arguments.only:
             continue
         checks, start = Checks(), time.perf_counter()
-        torch.backends.cuda.matmul.fp32_precision = "ieee"      # of the cases' own that set it
+        torch.backends.cuda.matmul.fp32_precision = "ieee"      # some cases want TF32
         try:
             run(checks)
         except Exception as error:      # a broken kernel may fail in any way; the case fails with it
