@@ -172,3 +172,10 @@ def test_native_backends_obey_the_rule(backend):
         found = [*out, *target, *torch.autograd.grad(sum(t.sum() for t in out), sum(leaves, []))]
         results.append({str(i): t.detach().cpu() for i, t in enumerate(found)})
     assert_close(*results, torch.float32)
+
+
+def test_what_a_transform_left_behind_is_not_eager():
+    leaked = []
+    torch.func.grad(lambda t: (leaked.append(t), t.sum())[1])(torch.ones(3))
+    assert type(leaked[0]) is torch.Tensor and not backends.eager(leaked)
+    assert backends.eager([torch.ones(3), torch.nn.Parameter(torch.ones(2))])

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
+from ..ops.afw_layer import layout
 from ..ops.attention_mapping import masked
 from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
 
@@ -26,24 +26,12 @@ def fits(dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:
     return True
 
 
-class _Layout(NamedTuple):
-    """Of the 12M parameters and their gradients, one after the other. starts, in elements: of each kind, per modality."""
-
-    shapes: list[tuple[int, ...]]
-    starts: list[list[int]]
-    phi: int
-    end: int
-
-
 @functools.lru_cache(maxsize=64)
-def _layout(widths: tuple[int, ...], rank: int) -> _Layout:
-    m = len(widths)
-    shapes = [*((rank, d) for d in widths for _ in range(4)), *[(rank,)] * (4 * m), *((d, rank * rank) for d in widths),
-              *((d,) for d in widths), *((d, d) for d in widths), *((d,) for d in widths)]
-    *starts, end = itertools.accumulate([math.prod(shape) for shape in shapes], initial=0)
-    # The four projections of a modality are one stack.
+def _kinds(widths: tuple[int, ...], rank: int) -> list[list[int]]:
+    """In elements, where in a layer's parameters those of each kind lie, per modality; the four projections of a modality are one stack."""
+    m, starts = len(widths), layout(widths, rank).starts[:-1]
     first = [*starts[:8 * m:4], *starts[8 * m:]]
-    return _Layout(shapes, [first[i * m:(i + 1) * m] for i in range(6)], starts[10 * m], end)
+    return [first[i * m:(i + 1) * m] for i in range(6)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,15 +73,15 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
     gated = gated_target and coefficient is not None
     args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated)
     x, size = alive[:m], first.element_size()
-    layout = _layout(widths, rank)
-    _check(parameters, first, layout.shapes)
+    starts = _kinds(widths, rank)
+    _check(parameters, first, layout(widths, rank).shapes)
     if uniform(parameters, first.get_device(), dtype):
         flat = torch._C._nn.flatten_dense_tensors(parameters[:8 * m])
         own = [t if t.is_contiguous() else t.contiguous() for t in parameters[8 * m:]]
-        given = [*_at(flat, layout.starts[:2], size), *[own[i * m:(i + 1) * m] for i in range(4)]]
+        given = [*_at(flat, starts[:2], size), *[own[i * m:(i + 1) * m] for i in range(4)]]
     else:
         flat = torch._C._nn.flatten_dense_tensors(parameters).to(dtype)
-        given = _at(flat, layout.starts, size)
+        given = _at(flat, starts, size)
     places, end, _, _ = _places(first.shape[0], args.dialogues, widths, rank, size)
     out, state = [torch.empty_like(t) for t in x], first.new_empty(end, dtype=torch.uint8)
     proj, average, attention, sign = _at(state, places, 1)
@@ -122,21 +110,22 @@ def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[T
     m, rank, first, (flat, state) = len(x), parameters[4 * len(x)].shape[0], x[0], state
     widths, rows, size = tuple([t.shape[1] for t in x]), first.shape[0], first.element_size()
     args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated_target)
-    x, layout = alive[:m], _layout(widths, rank)
+    x, shared, starts = alive[:m], layout(widths, rank), _kinds(widths, rank)
     places, end, like_x, like_x_end = _places(rows, args.dialogues, widths, rank, size)
-    if flat.numel() == layout.end:
-        given = _at(flat, layout.starts, size)
+    if flat.numel() == shared.starts[-1]:
+        given = _at(flat, starts, size)
         map_weight, phi_weight = given[2], given[4]
     else:
-        map_weight = prepare("map_weight", parameters[8 * m:9 * m], first, layout.shapes[8 * m:9 * m])
-        phi_weight = prepare("phi_weight", parameters[10 * m:11 * m], first, layout.shapes[10 * m:11 * m])
+        map_weight = prepare("map_weight", parameters[8 * m:9 * m], first, shared.shapes[8 * m:9 * m])
+        phi_weight = prepare("phi_weight", parameters[10 * m:11 * m], first, shared.shapes[10 * m:11 * m])
     grad_out = prepare("grad_out", grad_out, first, [(rows, d) for d in widths])
     proj, average, attention, sign = _at(state, places, 1)
 
-    grads = first.new_empty(layout.end if grad_loss is not None else layout.phi)
-    to = _at(grads, layout.starts, size)
+    wanted = 12 * m if grad_loss is not None else 10 * m
+    grads = first.new_empty(shared.starts[wanted])
+    to = _at(grads, starts, size)
     grad_x = first.new_empty(like_x_end)
-    fill(args, proj_weight=_at(flat, layout.starts[:1], size)[0], map_weight=map_weight, proj=proj, average=average, attention=attention,
+    fill(args, proj_weight=_at(flat, starts[:1], size)[0], map_weight=map_weight, proj=proj, average=average, attention=attention,
          grad_out=grad_out, grad_x=_at(grad_x, [like_x], size)[0], grad_proj_weight=to[0], grad_proj_bias=to[1], grad_map_weight=to[2],
          grad_map_bias=to[3])
     if grad_loss is None:
@@ -155,6 +144,5 @@ def backward(grad_out: Sequence[Tensor], grad_loss: Tensor | None, x: Sequence[T
         grad_x.add_(also_x)
     if parameters[0].dtype != first.dtype:
         grads = grads.to(parameters[0].dtype)
-    wanted = parameters if grad_loss is not None else parameters[:10 * m]
     return [*[grad_x.as_strided((rows, d), (d, 1), place) for d, place in zip(widths, like_x)],
-            *torch._C._nn.unflatten_dense_tensors(grads, wanted), *[None] * (len(parameters) - len(wanted))]
+            *shared.views(grads), *[None] * (len(parameters) - wanted)]

@@ -10,8 +10,11 @@ signs are left, and whose packed rows both sums of products share:
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from types import ModuleType
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from .dropout import gradients_through
 from .linear import Branch, here
 from .tensor_ring import check_layer, ring_rows, tensor_ring, tensor_ring_torch
 
-__all__ = ["afw_layer", "stacked"]
+__all__ = ["Layout", "afw_layer", "layout", "stacked"]
 
 
 class _Stacked(torch.autograd.Function):
@@ -45,6 +48,35 @@ def stacked(proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor]) -> tuple
 
 # Where the kinds lie among the 13M tensors: x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias.
 _PLACES = ((0, 1), (1, 5), (5, 9), (9, 10), (10, 11), (11, 12), (12, 13))
+
+
+class Layout(NamedTuple):
+    """Of the 12M parameters of a layer, or their gradients, one after the other in one tensor.
+
+    starts: of each, in elements, and where the last one ends.  runs: shape, strides and start of neighbours of one shape as one tensor.
+    """
+
+    shapes: list[tuple[int, ...]]
+    starts: list[int]
+    runs: list[tuple[tuple[int, ...], tuple[int, ...], int]]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The tensors in `flat`, which may end with the M biases of the map. As few calls as can be: there are dozens of them."""
+        return [t for shape, strides, start in self.runs if start < flat.numel() for t in flat.as_strided(shape, strides, start).unbind()]
+
+
+@functools.lru_cache(maxsize=64)
+def layout(widths: tuple[int, ...], rank: int) -> Layout:
+    m = len(widths)
+    shapes = [*((rank, d) for d in widths for _ in range(4)), *[(rank,)] * (4 * m), *((d, rank * rank) for d in widths),
+              *((d,) for d in widths), *((d, d) for d in widths), *((d,) for d in widths)]
+    starts = [*itertools.accumulate(map(math.prod, shapes), initial=0)]
+    runs, first = [], 0
+    for shape, group in itertools.groupby(shapes):
+        count = len([*group])
+        runs.append(((count, *shape), (math.prod(shape), *shape[1:], 1), starts[first]))
+        first += count
+    return Layout(shapes, starts, runs)
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -109,7 +141,8 @@ def _fitting(served: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     dtype, parameters = tensors[0].dtype, tensors[m:]
     if backends.module("afw_layer", served).fits(dtype, parameters):
         return parameters
-    return torch._C._nn.unflatten_dense_tensors(torch._C._nn.flatten_dense_tensors(parameters).to(dtype), parameters)
+    flat = torch._C._nn.flatten_dense_tensors(parameters).to(dtype)
+    return layout(tuple([t.shape[1] for t in tensors[:m]]), parameters[4 * m].numel()).views(flat)
 
 
 def _in_torch(tensors, rows, offsets, ring, scale, beta, dropout, seed, gated_target, coefficient) -> list[Tensor]:
@@ -164,7 +197,7 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
                 coefficients(x, reduction) if with_loss else None)
     if graph:
-        *out, loss = _AFWLayer.apply(served, settings, beside, rows, offsets, *tensors)
+        *out, loss = backends.apply(_AFWLayer, served, settings, beside, rows, offsets, *tensors)
         return out, loss
     if not with_loss:
         return backends.module("afw_layer", served).forward(x, offsets, _fitting(served, tensors), *settings), None

@@ -291,7 +291,7 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
                 continue
             settings = (where, heads, p, norms, seed, at, dtype, dropout)
             if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in parameters])):
-                x, rounded = _EncoderLayer.apply(lengths, (weights, i, rounded), settings, x, *parameters)
+                x, rounded = backends.apply(_EncoderLayer, lengths, (weights, i, rounded), settings, x, *parameters)
             else:
                 x, rounded, _ = _forward(x, parameters, *settings, weights, i, rounded)
     if out is None:
