@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def keys(table: str) -> list[str]:
 
 def results(*options: str) -> dict[str, list]:
     """The cases' checks; each runs on one thread, so a process per core shares them."""
-    parts = min(16, os.cpu_count() or 1)
-    with ThreadPoolExecutor(parts) as pool:
-        runs = list(pool.map(lambda part: subprocess.run(
-            [sys.executable, SCRIPT, *options, "--part", str(part), str(parts)], capture_output=True, text=True), range(parts)))
+    processes = min(16, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as claims, ThreadPoolExecutor(processes) as pool:
+        runs = list(pool.map(lambda _: subprocess.run([sys.executable, SCRIPT, *options, "--claims", claims], capture_output=True, text=True),
+                             range(processes)))
     for run in runs:
         assert run.returncode == 0, run.stderr[-4000:]
     return {line["case"]: line["checks"] for run in runs for line in map(json.loads, run.stdout.splitlines())}

@@ -51,7 +51,7 @@ def check(op, tensors, grad, *settings):
 
 def test_every_case_of_the_interpreter():
     """Kernels compiled, inside buffers full of NaN."""
-    found = results("--device", "cuda", "--slow")
+    found = results("--device", "cuda", "--cases", "all")
     assert len(found) > 100
     wrong = [f"{case}: {check}" for case, checks in found.items() for check in beyond(checks)]
     assert not wrong, "\n".join(wrong)
