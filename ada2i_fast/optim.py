@@ -14,6 +14,8 @@ from .ops import balanced_adam
 
 __all__ = ["BalancedAdam"]
 
+_DTYPE, _LAYOUT, _DEVICE = map(operator.attrgetter, ("dtype", "layout", "device"))
+
 
 class _Table:
     """What a step needs to know of T parameters, on their device.
@@ -124,27 +126,25 @@ class BalancedAdam(torch.optim.Adam):
             return f"the norm of clipping is L{config.clip_norm_type:g}, it knows L2"
         if config.clip_order == "after" and config.noise == "gradient" and ratio is not None:
             return "the norm is that of gradients with noise, which it does not keep"
-        device = None
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"] or group["differentiable"]:
                 return "amsgrad, maximize and differentiable are Adam's own"
             if group["betas"] != self.param_groups[0]["betas"] or group["eps"] != self.param_groups[0]["eps"]:
                 return "groups differ in betas or eps"
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.dtype != torch.float32 or p.grad.dtype != torch.float32 or p.grad.layout != torch.strided:
-                    return "it serves dense float32"
-                device = p.device if device is None else device
-                if device.type not in ("cpu", "cuda") or p.device != device:
-                    return f"it serves tensors on one CPU or CUDA device, not {p.device}"
-                if not (p.is_contiguous() and p.grad.is_contiguous()):
-                    return "it serves contiguous tensors"
-                state = self.state.get(p)
-                if state and not (state["exp_avg"].is_contiguous() and state["exp_avg"].dtype == torch.float32 and
-                                  state["exp_avg_sq"].is_contiguous() and state["exp_avg_sq"].dtype == torch.float32):
-                    return "it serves contiguous float32 states"
-        device = device or self.param_groups[0]["params"][0].device
+        # Through `map`, for there are hundreds, at every step.
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params]
+        states = [state[name] for p in params if (state := self.state.get(p)) for name in ("exp_avg", "exp_avg_sq")]
+        if not {*map(_DTYPE, params), *map(_DTYPE, grads)} <= {torch.float32} or not {*map(_LAYOUT, grads)} <= {torch.strided}:
+            return "it serves dense float32"
+        devices = [*dict.fromkeys(map(_DEVICE, params))]
+        if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+            return f"it serves tensors on one CPU or CUDA device, not {devices[-1]}"
+        if not (all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))):
+            return "it serves contiguous tensors"
+        if not (all(map(Tensor.is_contiguous, states)) and {*map(_DTYPE, states)} <= {torch.float32}):
+            return "it serves contiguous float32 states"
+        device = devices[0] if devices else self.param_groups[0]["params"][0].device
         if self.backend != "auto":
             return None if self.backend == device.type else f"the tensors are on {device}"
         if backends.best("balanced_adam", device.type, torch.float32, 1) != device.type:
