@@ -39,6 +39,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import operator
 import os
 from pathlib import Path
 from types import ModuleType
@@ -47,12 +48,13 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "choose", "explain", "info", "module"]
+__all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "check_shapes", "choose", "explain", "info", "module"]
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
+_SHAPE = operator.attrgetter("shape")
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PACKAGES = {"triton": "kernels", "cuda": "cuda", "cpu": "cpu"}
 _DTYPES = {
@@ -139,6 +141,22 @@ def eager(tensors: Sequence[Tensor]) -> bool:
 def apply(function: type[torch.autograd.Function], *args: object) -> object:
     """`function.apply` where all tensors are `eager`: past its search in Python for what functorch has wrapped, a fifth of its time."""
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def check_shapes(like: Tensor, **arguments: tuple[Tensor | Sequence[Tensor], Sequence]) -> None:
+    """ValueError unless these tensors, or sequences of them, have their shapes and lie where `like` does: the libraries trust them."""
+    for name, (tensors, shapes) in arguments.items():
+        one = isinstance(tensors, Tensor)
+        if one:
+            tensors, shapes = [tensors], [shapes]
+        elif not torch.compiler.is_compiling() and [*map(_SHAPE, tensors)] == shapes and \
+                {*map(Tensor.get_device, tensors)} <= {like.get_device()}:
+            continue                                            # an optimiser has hundreds
+        if len(tensors) != len(shapes):
+            raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
+        for j, (t, shape) in enumerate(zip(tensors, shapes)):
+            if t.shape != shape or t.device != like.device:
+                raise ValueError(f"{name if one else f'{name}[{j}]'}: expected {list(shape)} on {like.device}, got {list(t.shape)} on {t.device}")
 
 
 def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -> str:

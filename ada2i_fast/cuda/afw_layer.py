@@ -18,8 +18,6 @@ from ..ops.afw_layer import layout
 from ..ops.attention_mapping import masked
 from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
 
-KINDS = (("proj_weight", 4), ("proj_bias", 4), ("map_weight", 1), ("map_bias", 1), ("phi_weight", 1), ("phi_bias", 1))
-
 
 def fits(dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:
     """Whether parameters are taken as they are."""
@@ -45,18 +43,6 @@ def _places(rows: int, dialogues: int, widths: tuple[int, ...], rank: int, size:
     return [state[i * m:(i + 1) * m] for i in range(4)], state_end, like_x, like_x_end
 
 
-def _check(parameters: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    """ValueError, with the argument's name, unless parameters have these shapes."""
-    if [t.shape for t in parameters] == shapes and uniform(parameters, like.get_device()):
-        return
-    if len(parameters) != len(shapes):
-        raise ValueError(f"parameters: expected {len(shapes)} tensors, got {len(parameters)}")
-    names = [f"{name}[{i}]" for name, count in KINDS for i in range(count * len(shapes) // 12)]
-    for name, t, shape in zip(names, parameters, shapes):
-        if t.shape != shape or t.device != like.device:
-            raise ValueError(f"{name}: expected {list(shape)} on {like.device}, got {list(t.shape)} on {t.device}")
-
-
 def _at(t: Tensor, starts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Addresses inside a tensor."""
     base = t.data_ptr()
@@ -74,7 +60,6 @@ def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], 
     args, alive = tensor_ring.arguments(x, widths, offsets, rank, ring, scale, beta, dropout, seed, gated)
     x, size = alive[:m], first.element_size()
     starts = _kinds(widths, rank)
-    _check(parameters, first, layout(widths, rank).shapes)
     if uniform(parameters, first.get_device(), dtype):
         flat = torch._C._nn.flatten_dense_tensors(parameters[:8 * m])
         own = [t if t.is_contiguous() else t.contiguous() for t in parameters[8 * m:]]

@@ -46,6 +46,8 @@ def stacked(proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor]) -> tuple
     return list(found[:len(found) // 2]), list(found[len(found) // 2:])
 
 
+# The parameters of a layer, and how many of each a modality has.
+_PARAMETERS = (("proj_weight", 4), ("proj_bias", 4), ("map_weight", 1), ("map_bias", 1), ("phi_weight", 1), ("phi_bias", 1))
 # Where the kinds lie among the 13M tensors: x, proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias.
 _PLACES = ((0, 1), (1, 5), (5, 9), (9, 10), (10, 11), (11, 12), (12, 13))
 
@@ -77,6 +79,18 @@ def layout(widths: tuple[int, ...], rank: int) -> Layout:
         runs.append(((count, *shape), (math.prod(shape), *shape[1:], 1), starts[first]))
         first += count
     return Layout(shapes, starts, runs)
+
+
+def _check(x: Sequence[Tensor], parameters: Sequence[Tensor], rank: int) -> None:
+    """ValueError, with the argument's name, unless the parameters fit x."""
+    m, shapes = len(x), layout(tuple([t.shape[1] for t in x]), rank).shapes
+    if [t.shape for t in parameters] == shapes and {*map(Tensor.get_device, parameters)} == {x[0].get_device()}:
+        return
+    start = 0
+    for name, count in _PARAMETERS:
+        end = start + count * m
+        backends.check_shapes(x[0], **{name: (parameters[start:end], shapes[start:end])})
+        start = end
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -173,8 +187,11 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
     not at all.
     """
+    check_layer(x, offsets, dropout)
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
+    if not torch.compiler.is_compiling():
+        _check(x, tensors[len(x):], proj_bias[0].shape[0])
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     unmasked = rows is not None and served == "cpu"         # the library has no mask
     separate = served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors)
@@ -189,7 +206,6 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
         if not with_loss:
             return out, None
         return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend)
-    check_layer(x, dropout)
     if dropout == 0.0:
         seed = None
     elif seed is None:

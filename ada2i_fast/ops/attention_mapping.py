@@ -132,6 +132,9 @@ def attention_mapping(x: Sequence[Tensor], target: Sequence[Tensor], weight: Seq
     dtype = x[0].dtype
     if any(t.dtype != dtype for t in x):
         raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
+    shapes = [(x[0].shape[0], t.shape[-1]) for t in x]
+    backends.check_shapes(x[0], x=(x, shapes), target=(target, shapes), weight=(weight, [(d, d) for _, d in shapes]),
+                          bias=(bias, [(d,) for _, d in shapes]))
     target = [t if t.dtype == dtype else t.to(dtype) for t in target]
     backend = backends.choose("attention_mapping", x, backend)
     weight, bias = fitting("attention_mapping", backend, dtype, weight, bias)

@@ -178,11 +178,22 @@ def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[
     apart. seed: int64 [2], a seed and a step below 2^32, which tells the noise of steps with one seed apart; or None where no tensor
     has noise. settings and seed live where the tensors do, and no number of theirs is asked for: a CUDA graph can hold the call.
     """
+    shapes = [p.shape for p in params]
+    backends.check_shapes(params[0], grads=(grads, shapes), exp_avg=(exp_avg, shapes), exp_avg_sq=(exp_avg_sq, shapes),
+                          settings=(settings, (len(params), 6)))
+    _check_numbers(numbers, params)
     backend = backends.choose("balanced_adam", [p.detach().reshape(1, -1) for p in params[:1]], backend)
     torch.ops.ada2i_fast.balanced_adam_update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps, backend)
 
 
+def _check_numbers(numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    if len(numbers) != len(tensors):
+        raise ValueError(f"numbers: expected {len(tensors)}, one for each tensor, got {len(numbers)}")
+
+
 def modulate(grads: Sequence[Tensor], settings: Tensor, *, numbers: Sequence[int], seed: Tensor | None, backend: str = "auto") -> None:
     """f g + s_g e in place of each of T gradients, contiguous, of one dtype; arguments as of `update`."""
+    backends.check_shapes(grads[0], settings=(settings, (len(grads), 6)))
+    _check_numbers(numbers, grads)
     backend = backends.choose("balanced_adam", [g.reshape(1, -1) for g in grads[:1]], backend)
     torch.ops.ada2i_fast.balanced_adam_modulate(grads, settings, numbers, seed, backend)

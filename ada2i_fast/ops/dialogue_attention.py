@@ -160,6 +160,8 @@ def check_sizes(rows: int, width: int, lengths: Sequence[int] | None, heads: int
     """rows, width: of qkv; lengths: None where they stand on the device."""
     if lengths is not None and sum(lengths) != rows:
         raise ValueError(f"lengths: expected them to sum to {rows} (the rows of qkv), got {sum(lengths)}")
+    if lengths is not None and not torch.compiler.is_compiling() and min(lengths, default=0) < 0:
+        raise ValueError(f"lengths: expected no negative numbers, got {min(lengths)}")
     if width % (3 * heads):
         raise ValueError(f"heads: expected a divisor of the width, got {heads} for qkv {[rows, width]}")
 

@@ -223,6 +223,7 @@ def relu_dropout(x: Tensor, bias: Tensor, *, p: float, seed: Tensor | None = Non
     from torch's generator. backend: "auto" | "torch" | "cpu" | "triton", see `ada2i_fast.backends`. Returns [N, d] in the
     dtype of x."""
     backend, seed = _prepared(x, p, seed, backend)
+    backends.check_shapes(x, bias=(bias, (x.shape[1],)))
     if backend == "torch":
         return relu_dropout_torch(x, bias, p, seed, stream)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
@@ -240,6 +241,8 @@ def dropout_residual_norm(x: Tensor, bias: Tensor, residual: Tensor, weight: Ten
     if residual.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"residual: expected {x.dtype} (that of x) or torch.float32, got {residual.dtype}")
     backend, seed = _prepared(x, p, seed, backend)
+    along = (x.shape[1],)
+    backends.check_shapes(x, bias=(bias, along), residual=(residual, x.shape), weight=(weight, along), norm_bias=(norm_bias, along))
     if backend == "torch":
         return dropout_norm_torch(x, bias, residual, weight, norm_bias, p, eps, seed, stream)
     tensors = (x, bias, residual, weight, norm_bias)

@@ -259,6 +259,8 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         raise ValueError(f"x: expected [N, d], got {list(x.shape)}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: expected a probability below 1, got {p}")
+    for i, parameters in enumerate(layers):
+        _check(x, parameters, i)
     attention = dropout = backend
     if backend == "auto":
         device, dtype = x.device.type, x.dtype
@@ -298,6 +300,20 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
         return x
     of_products = (None,) * 3 if weights is None else (rounded, *weights.take(len(layers)))
     return linear(x, *out, backend="torch" if backend == "torch" else "auto", rounded=of_products)
+
+
+_NAMES = ("qkv_weight", "qkv_bias", "out_weight", "out_bias", "norm1_weight", "norm1_bias", "weight1", "bias1", "weight2", "bias2",
+          "norm2_weight", "norm2_bias")
+
+
+def _check(x: Tensor, parameters: Sequence[Tensor], i: int) -> None:
+    """ValueError unless those of layer i fit x."""
+    if len(parameters) != 12:
+        raise ValueError(f"layers[{i}]: expected 12 parameters, got {len(parameters)}")
+    d, f = x.shape[1], parameters[6].shape[0]
+    shapes = [(3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (f, d), (f,), (d, f), (d,), (d,), (d,)]
+    if [t.shape for t in parameters] != shapes:
+        backends.check_shapes(x, **{f"layers[{i}] {name}": pair for name, *pair in zip(_NAMES, parameters, shapes)})
 
 
 def _one_node(x: Tensor, layers: Sequence[Sequence[Tensor]], backend: str) -> torch.dtype | None:

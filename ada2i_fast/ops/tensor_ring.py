@@ -187,11 +187,21 @@ def fitting(op: str, backend: str, dtype: torch.dtype, *kinds: Sequence[Tensor])
     return [[t if t.dtype == dtype else t.to(dtype) for t in kind] for kind in kinds]
 
 
-def check_layer(x: Sequence[Tensor], dropout: float) -> None:
+def check_layer(x: Sequence[Tensor], offsets: Tensor, dropout: float) -> None:
+    """Also what offsets hold, where no device has to be asked."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
     if any(t.dtype != x[0].dtype for t in x):
         raise ValueError(f"x: expected one dtype, got {[t.dtype for t in x]}")
+    rows, device = x[0].shape[0], x[0].device
+    backends.check_shapes(x[0], x=(x, [(rows, t.shape[-1]) for t in x]))
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.device != device:
+        raise ValueError(f"offsets: expected int64 [B + 1] on {device}, got {offsets.dtype} {list(offsets.shape)} on {offsets.device}")
+    if device.type == "cpu" and backends.eager([offsets]):
+        places = offsets.tolist()
+        if not places or places[0] != 0 or places[-1] != rows or places != sorted(places):
+            shown = places if len(places) < 9 else [*places[:4], "..", *places[-4:]]
+            raise ValueError(f"offsets: expected numbers that rise from 0 to {rows}, the rows of x, got {shown}")
 
 
 def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
@@ -213,9 +223,11 @@ def tensor_ring(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tens
     Everything is computed in the dtype of x, to which parameters are rounded, with sums in float32 (float64 for float64); autocast
     has no say here. Returns (out, target), M tensors [N, D_j] each.
     """
-    check_layer(x, dropout)
-    m, dtype = len(x), x[0].dtype
-    backend = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0] // 4)
+    check_layer(x, offsets, dropout)
+    m, dtype, widths, rank = len(x), x[0].dtype, [t.shape[1] for t in x], proj_bias[0].shape[0] // 4
+    backends.check_shapes(x[0], proj_weight=(proj_weight, [(4 * rank, d) for d in widths]), proj_bias=(proj_bias, [(4 * rank,)] * m),
+                          map_weight=(map_weight, [(d, rank * rank) for d in widths]), map_bias=(map_bias, [(d,) for d in widths]))
+    backend = backends.choose("tensor_ring", x, backend, rank=rank)
     proj_weight, proj_bias, map_weight, map_bias = fitting("tensor_ring", backend, dtype, proj_weight, proj_bias, map_weight, map_bias)
     if dropout > 0.0 and seed is None and backend != "torch":
         seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)

@@ -319,6 +319,41 @@ def test_refusals():
     assert torch.isfinite(call(big, inputs(big), "auto")[1])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_refused_shapes(backend):
+    """Of the layer and of the two ops: the libraries would read and write beyond their tensors."""
+    drawn = inputs(SMALL, torch.float32)
+    for name, place, wrong, layer, op in (
+            ("x", 1, (18, 33), r"x\[1\]: expected \[19, 33\] on cpu, got \[18, 33\] on cpu", r"x\[1\]: expected \[19, 33\]"),
+            ("x", 0, (19,), r"x\[0\]: expected \[19, 19\]", r"x\[0\]: expected \[19, 19\]"),
+            ("proj_weight", 2, (20, 6), r"proj_weight\[8\]: expected \[5, 7\]", r"proj_weight\[2\]: expected \[20, 7\]"),
+            ("proj_bias", 1, (24,), r"proj_bias\[4\]: expected \[5\]", r"proj_bias\[1\]: expected \[20\]"),
+            ("map_weight", 0, (18, 24), r"map_weight\[0\]: expected \[18, 25\]", r"map_weight\[0\]: expected \[18, 25\]"),
+            ("map_bias", 2, (1,), r"map_bias\[2\]: expected \[7\]", r"map_bias\[2\]: expected \[7\]"),
+            ("phi", 2, (7, 8), r"phi_weight\[2\]: expected \[7, 7\]", r"weight\[2\]: expected \[7, 7\]"),
+            ("phi_bias", 0, (17,), r"phi_bias\[0\]: expected \[18\]", r"bias\[0\]: expected \[18\]")):
+        given = {**drawn, name: [torch.zeros(wrong) if j == place else t for j, t in enumerate(drawn[name])]}
+        for run, words in ((call, layer), (two_ops, op)):
+            with pytest.raises(ValueError, match=words):
+                run(SMALL, given, backend)
+    with pytest.raises(ValueError, match="phi_bias: expected 3 tensors, got 2"):
+        call(SMALL, {**drawn, "phi_bias": drawn["phi_bias"][:2]}, backend)
+    with pytest.raises(ValueError, match="target: expected 3 tensors, got 2"):
+        attention_mapping(drawn["x"], drawn["x"][:2], drawn["phi"], drawn["phi_bias"], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("wrong", [torch.tensor([0, 5, 5, 18]), torch.tensor([0, 5, 5, 20]), torch.tensor([1, 5, 19]), torch.tensor([0, 7, 5, 19]),
+                                   torch.tensor([], dtype=torch.int64), torch.tensor([0, 5, 5, 19], dtype=torch.int32),
+                                   torch.tensor([[0, 19]]), torch.arange(19)], ids=lambda t: str(t.tolist()[:5]))
+def test_refused_offsets(wrong, backend, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "offsets", lambda case: wrong)
+    drawn = inputs(SMALL, torch.float32)
+    for run in (call, two_ops):
+        with pytest.raises(ValueError, match="offsets: expected "):
+            run(SMALL, drawn, backend)
+
+
 # ---- the layers of other devices
 
 
@@ -431,7 +466,7 @@ def test_cuda_layer_refusals(cuda_kernels):
     for name, place, wrong, words in (("map_bias", 1, torch.zeros(34), r"map_bias\[1\]: expected \[33\].*got \[34\]"),
                                       ("phi", 2, torch.zeros(7, 8), r"phi_weight\[2\]: expected \[7, 7\]"),
                                       ("proj_weight", 0, torch.zeros(20, 17), r"proj_weight\[0\]: expected \[5, 18\]"),
-                                      ("x", 1, torch.zeros(18, 33), r"x: expected torch.float32 \[19, 33\]")):
+                                      ("x", 1, torch.zeros(18, 33), r"x\[1\]: expected \[19, 33\]")):
         with pytest.raises(ValueError, match=words):
             call(SMALL, {**drawn, name: [wrong if j == place else t for j, t in enumerate(drawn[name])]}, "cuda")
     for seed in (torch.tensor([1], dtype=torch.int32), torch.tensor([1, 2])):

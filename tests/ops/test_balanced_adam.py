@@ -144,3 +144,19 @@ def test_opcheck(backend):
     for noise_on in (None, "gradient", "parameter"):
         torch.library.opcheck(ops.balanced_adam_update, (p, g, m, v, *arguments(noise_on), backend),
                               test_utils=("test_schema", "test_faketensor"))
+
+
+def test_refused_shapes():
+    one, settings = torch.zeros(5), torch.zeros(2, 6, dtype=torch.float64)
+    options = dict(seed=None, beta1=0.9, beta2=0.99, eps=1e-8)
+    for place, name in enumerate(("grads", "exp_avg", "exp_avg_sq"), 1):
+        tensors = [[one.clone(), one.clone()] for _ in range(4)]
+        tensors[place][1] = torch.zeros(4)
+        with pytest.raises(ValueError, match=rf"{name}\[1\]: expected \[5\] on cpu, got \[4\]"):
+            op.update(*tensors, settings, numbers=[1, 2], **options)
+    with pytest.raises(ValueError, match=r"settings: expected \[2, 6\]"):
+        op.update(*[[one, one]] * 4, settings[:1], numbers=[1, 2], **options)
+    with pytest.raises(ValueError, match="numbers: expected 2, one for each tensor, got 1"):
+        op.update(*[[one, one]] * 4, settings, numbers=[1], **options)
+    with pytest.raises(ValueError, match=r"settings: expected \[2, 6\]"):
+        op.modulate([one, one], settings[:1], numbers=[1, 2], seed=None)

@@ -153,3 +153,10 @@ def test_refusals():
         dialogue_attention(qkv, [4, 1], 2)
     with pytest.raises(ValueError, match="heads: expected a divisor of the width, got 4"):
         dialogue_attention(qkv, [4, 2], 4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refused_lengths(backend):
+    for lengths, words in (([9, -3], "lengths: expected no negative numbers, got -3"), ([4, 4], "lengths: expected them to sum to 6")):
+        with pytest.raises(ValueError, match=words):
+            dialogue_attention(torch.randn(6, 24), lengths, 2, backend=backend)

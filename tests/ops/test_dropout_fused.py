@@ -158,3 +158,13 @@ def test_refusals():
         relu_dropout(x.double(), b.double(), p=0.1, backend="cpu")
     with pytest.raises(ValueError, match="p: expected a probability below 1, got 1.0"):
         relu_dropout(x, b, p=1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refused_shapes(backend):
+    given = {"x": torch.randn(5, 8), "bias": torch.randn(8), "residual": torch.randn(5, 8), "weight": torch.randn(8), "norm_bias": torch.randn(8)}
+    for name, wrong in (("bias", torch.randn(7)), ("residual", torch.randn(4, 8)), ("weight", torch.randn(8, 1)), ("norm_bias", torch.randn(9))):
+        with pytest.raises(ValueError, match=rf"^{name}: expected \[.*\] on cpu, got \["):
+            dropout_residual_norm(**{**given, name: wrong}, p=0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"bias: expected \[8\] on cpu, got \[7\] on cpu"):
+        relu_dropout(given["x"], torch.randn(7), p=0.1, backend=backend)

@@ -514,3 +514,16 @@ def test_in_a_cuda_graph(autocast, captured):
         graph.replay()
         for i, (got, e) in enumerate(zip(replayed, step(), strict=True)):
             assert (got - e).norm() <= 1e-5 * e.norm(), i
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refused_shapes(backend):
+    d, f = 8, 16
+    shapes = [(3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (f, d), (f,), (d, f), (d,), (d,), (d,)]
+    x, parameters = torch.randn(5, d), [torch.randn(shape) for shape in shapes]
+    for place, name in ((0, "qkv_weight"), (4, "norm1_weight"), (7, "bias1"), (11, "norm2_bias")):
+        wrong = [torch.randn(3) if i == place else t for i, t in enumerate(parameters)]
+        with pytest.raises(ValueError, match=rf"layers\[1\] {name}: expected .* on cpu, got \[3\] on cpu"):
+            encoder_layers(x, [3, 2], [parameters, wrong], heads=2, backend=backend)
+    with pytest.raises(ValueError, match=r"layers\[0\]: expected 12 parameters, got 11"):
+        encoder_layers(x, [3, 2], [parameters[:11]], heads=2, backend=backend)
