@@ -48,13 +48,13 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "check_shapes", "choose", "explain", "info", "module"]
+__all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "check_shapes", "choose", "explain", "info", "module", "uniform"]
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
-_SHAPE = operator.attrgetter("shape")
+_DTYPE, _SHAPE = map(operator.attrgetter, ("dtype", "shape"))
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PACKAGES = {"triton": "kernels", "cuda": "cuda", "cpu": "cpu"}
 _DTYPES = {
@@ -143,6 +143,11 @@ def apply(function: type[torch.autograd.Function], *args: object) -> object:
     return super(torch.autograd.Function, function).apply(*args)
 
 
+def uniform(tensors: Sequence[Tensor], index: int, dtype: torch.dtype | None = None) -> bool:
+    """Whether all are on the device of this number, -1 for the CPU, and of this dtype. Through `map`, for there may be hundreds."""
+    return {*map(Tensor.get_device, tensors)} <= {index} and (dtype is None or {*map(_DTYPE, tensors)} <= {dtype})
+
+
 def check_shapes(like: Tensor, **arguments: tuple[Tensor | Sequence[Tensor], Sequence]) -> None:
     """ValueError unless these tensors, or sequences of them, have their shapes and lie where `like` does: the libraries trust them."""
     for name, (tensors, shapes) in arguments.items():
@@ -150,7 +155,7 @@ def check_shapes(like: Tensor, **arguments: tuple[Tensor | Sequence[Tensor], Seq
         if one:
             tensors, shapes = [tensors], [shapes]
         elif not torch.compiler.is_compiling() and [*map(_SHAPE, tensors)] == shapes and \
-                {*map(Tensor.get_device, tensors)} <= {like.get_device()}:
+                uniform(tensors, like.get_device()):
             continue                                            # an optimiser has hundreds
         if len(tensors) != len(shapes):
             raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from ..backends import accumulator
+from ..backends import accumulator, uniform
 from ..ops.afw_layer import layout
 from . import contiguous, pointers
 from .tensor_ring import run
-
-
-_DTYPE = operator.attrgetter("dtype")
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,7 +30,7 @@ def _state_places(rows: int, dialogues: int, widths: tuple[int, ...], rank: int,
 def fits(dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:
     """Whether parameters, all of one dtype, are taken as they are with x of this dtype: that of x, or float32 with 16 bits."""
     own = parameters[0].dtype
-    return (own == dtype or own == torch.float32 and dtype.itemsize == 2) and {*map(_DTYPE, parameters)} == {own}
+    return (own == dtype or own == torch.float32 and dtype.itemsize == 2) and uniform(parameters, -1, own)
 
 
 def forward(x: Sequence[Tensor], offsets: Tensor, parameters: Sequence[Tensor], ring: Sequence[int], scale: float, beta: float, dropout: float,

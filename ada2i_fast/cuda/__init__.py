@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 from pathlib import Path
 from typing import Sequence
 
@@ -32,7 +31,6 @@ CALLS = ("tensor_ring_forward", "tensor_ring_backward", "attention_mapping_forwa
 Pointers = ctypes.c_void_p * MAX_MODALITIES
 Sizes = ctypes.c_int64 * MAX_MODALITIES
 Ints = ctypes.c_int32 * MAX_MODALITIES
-_DTYPE = operator.attrgetter("dtype")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -97,16 +95,11 @@ def fill(args: ctypes.Structure, **fields: Sequence[Tensor | int]) -> None:
         getattr(args, name)[:len(tensors)] = [t if type(t) is int else t.data_ptr() for t in tensors]
 
 
-def uniform(tensors: Sequence[Tensor], index: int, dtype: torch.dtype | None = None) -> bool:
-    """Whether all are on the device of this number, -1 for the CPU, and of this dtype. Through `map`, for there may be hundreds."""
-    return {*map(Tensor.get_device, tensors)} <= {index} and (dtype is None or {*map(_DTYPE, tensors)} <= {dtype})
-
-
 def prepare(name: str, tensors: Sequence[Tensor], like: Tensor, shapes: list[Sequence[int]],
             dtype: torch.dtype | None = None) -> list[Tensor]:
     """The tensors made contiguous. ValueError unless they have these shapes, tuples all: the kernels trust them."""
     dtype = dtype or like.dtype
-    if [t.shape for t in tensors] != shapes or not uniform(tensors, like.get_device(), dtype):
+    if [t.shape for t in tensors] != shapes or not backends.uniform(tensors, like.get_device(), dtype):
         if len(tensors) != len(shapes):
             raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
         device = like.device

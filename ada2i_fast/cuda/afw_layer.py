@@ -14,9 +14,10 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import uniform
 from ..ops.afw_layer import layout
 from ..ops.attention_mapping import masked
-from . import attention_mapping, call, fill, prepare, tensor_ring, uniform
+from . import attention_mapping, call, fill, prepare, tensor_ring
 
 
 def fits(dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:

@@ -8,8 +8,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import uniform
 from ..cpu import float32_only, int64s, pointers
-from . import call, prepare, uniform
+from . import call, prepare
 
 why_not = float32_only
 

@@ -84,7 +84,7 @@ def layout(widths: tuple[int, ...], rank: int) -> Layout:
 def _check(x: Sequence[Tensor], parameters: Sequence[Tensor], rank: int) -> None:
     """ValueError, with the argument's name, unless the parameters fit x."""
     m, shapes = len(x), layout(tuple([t.shape[1] for t in x]), rank).shapes
-    if [t.shape for t in parameters] == shapes and {*map(Tensor.get_device, parameters)} == {x[0].get_device()}:
+    if [t.shape for t in parameters] == shapes and backends.uniform(parameters, x[0].get_device()):
         return
     start = 0
     for name, count in _PARAMETERS:
