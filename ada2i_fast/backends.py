@@ -26,9 +26,10 @@ The target may be the attention itself, where that is what the loss compares wit
 tensor_ring.forward, nobody reads anything but the outputs, and a backend may return them alone. A module may have `why_not(device, dtype, widths,
 rank) -> str | None` for limits of its own.
 
-`auto` takes the first of the table that can serve; for float32 whose products may not run in TF32, `cuda` before `triton`, which without
-tensor cores takes two thirds longer for the 500 rows of a batch (H100). `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot
-serve then raises. Nothing here touches a driver before a tensor lives on its device.
+`auto` takes the first of the table that can serve; for up to `MANY_ROWS` rows of float32 whose products may not run in TF32, `cuda` before
+`triton`, which without tensor cores takes two thirds longer for the 500 rows of a batch, and half as long for 50,000 (H100, H200). Compiled
+code, where rows are a symbol, counts as few. `backend=` of an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot serve then
+raises. Nothing here touches a driver before a tensor lives on its device.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ __all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "check_shapes", "choose", "e
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
+MANY_ROWS = 8192
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
 _DTYPE, _SHAPE = map(operator.attrgetter, ("dtype", "shape"))
@@ -101,15 +103,15 @@ def _why_not(op: str, backend: str, device: str, dtype: torch.dtype, widths: tup
 
 
 @torch.compiler.assume_constant_result
-def _decide(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int) -> str:
-    exact = device == "cuda" and dtype == torch.float32 and not tf32()
+def _decide(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int, many: bool = False) -> str:
+    exact = device == "cuda" and dtype == torch.float32 and not many and not tf32()
     return _cached(op, backend, os.environ.get("ADA2I_FAST_BACKEND") or "", device, dtype, widths, rank, exact)
 
 
 @functools.lru_cache(maxsize=1024)
 def _cached(op: str, backend: str, forced: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int,
             exact: bool = False) -> str:
-    """exact: whether these are products of float32 without TF32."""
+    """exact: whether these are products of float32 without TF32, of few rows."""
     for name in (backend, forced):
         if name not in ("", "auto", *BACKENDS):
             raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {name!r}")
@@ -169,7 +171,8 @@ def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -
 
     backend: "auto" or a name; RuntimeError with the reason where the named one cannot serve.
     """
-    return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([_fixed(x_j.shape[1]) for x_j in x]), _fixed(rank))
+    return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([_fixed(x_j.shape[1]) for x_j in x]), _fixed(rank),
+                   not torch.compiler.is_compiling() and x[0].shape[0] > MANY_ROWS)
 
 
 def _fixed(size: int) -> int:
@@ -188,7 +191,7 @@ def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:
     """Which backend serves `op` for these tensors [N, D_j], and for each of the others why it does not; a line each."""
     facts = (tensors[0].device.type, tensors[0].dtype, tuple([t.shape[1] for t in tensors]), rank)
     try:
-        served = _decide(op, "auto", *facts)
+        served = _decide(op, "auto", *facts, tensors[0].shape[0] > MANY_ROWS)
         lines = [f"{op}: {served}" + (" (ADA2I_FAST_BACKEND)" if os.environ.get("ADA2I_FAST_BACKEND") else "")]
     except RuntimeError as error:
         served, lines = None, [str(error)]

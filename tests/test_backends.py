@@ -51,19 +51,19 @@ def test_explain_names_all():
 
 
 def test_order_on_cuda(monkeypatch):
-    """float32 without TF32 goes to the CUDA kernels where they can serve, all else to Triton."""
+    """Few rows of float32 without TF32 go to the CUDA kernels where they can serve, all else to Triton."""
     able = {"triton", "cuda", "torch"}
     monkeypatch.setattr(backends, "_why_not", lambda op, backend, *facts: None if backend in able else "not here")
 
-    def chosen(dtype: torch.dtype) -> str:
+    def chosen(dtype: torch.dtype, many: bool = False) -> str:
         backends._cached.cache_clear()
-        return backends._decide("tensor_ring", "auto", "cuda", dtype, (300,) * 3, 11)
+        return backends._decide("tensor_ring", "auto", "cuda", dtype, (300,) * 3, 11, many)
 
     before = torch.get_float32_matmul_precision()
     try:
         for precision, expected in (("highest", "cuda"), ("high", "triton"), ("medium", "triton")):
             torch.set_float32_matmul_precision(precision)
-            assert chosen(torch.float32) == expected
+            assert chosen(torch.float32) == expected and chosen(torch.float32, many=True) == "triton"
             assert chosen(torch.bfloat16) == chosen(torch.float16) == "triton"
         torch.set_float32_matmul_precision("highest")
         able.remove("cuda")
@@ -71,6 +71,20 @@ def test_order_on_cuda(monkeypatch):
     finally:
         torch.set_float32_matmul_precision(before)
         backends._cached.cache_clear()
+
+
+def test_many_rows_are_looked_at(monkeypatch):
+    """`choose` and `explain` say so to what decides; compiled code does not ask, for rows may be a symbol there."""
+    found = []
+    monkeypatch.setattr(backends, "_decide", lambda *facts: found.append(facts[-1]) or "torch")
+    for rows, many in ((backends.MANY_ROWS, False), (backends.MANY_ROWS + 1, True)):
+        x = torch.empty(rows, 1, device="meta")
+        backends.choose("tensor_ring", [x])
+        backends.explain("tensor_ring", x)
+        assert found[-2:] == [many, many]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    backends.choose("tensor_ring", [x])
+    assert found[-1] is False
 
 
 @pytest.mark.gpu
