@@ -34,17 +34,19 @@ part() {  # part NAME SECONDS COMMAND...
 measure() { part "$1" "${limit:-$2}" "$PYTHON" -m benchmarks.run --results "$OUT" --name "$1" --device cuda --rounds "$rounds" "${@:3}"; }
 
 measure_part() {  # measure_part NAME ROUNDS [SECONDS]
-    local rounds=$2 limit=${3:-}
+    local rounds=$2 limit=${3:-} others="not mosei and not algebra and not compiled"
     case $1 in
         # A layer for 1,000 dialogues.
-        many) measure many 45 -m scaling -k "test_many_dialogues and not algebra" ;;
+        many) measure many 35 -m scaling -k "test_many_dialogues and not algebra" ;;
         # Compiling the textbook is slow: for one shape only.
-        compiled-layer) measure compiled-layer 40 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra" ;;
-        compiled) measure compiled 70 --tf32 -k "iemocap-training-float32 and test_model and not algebra" ;;
+        compiled-layer) measure compiled-layer 35 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra" ;;
+        compiled) measure compiled 45 --tf32 -k "iemocap-training-float32 and test_model and not algebra" ;;
         # Whole steps, eager and as CUDA graphs.
-        tf32) measure tf32 45 --tf32 -k "test_model and training-float32 and not mosei and not algebra and not compiled" ;;
-        model) measure model 45 -k "test_model and not mosei and not compiled and not algebra and not released and not meld-training-float32" ;;
-        layer) measure layer 40 -k "test_afw_layer and training and not mosei and not algebra and not compiled" ;;
+        tf32) measure tf32 45 --tf32 -k "test_model and training-float32 and $others and not released" ;;
+        released) measure released 40 --tf32 -k "test_model and training-float32 and $others and released and iemocap" ;;
+        bf16) measure bf16 45 -k "test_model and training-bfloat16 and $others" ;;
+        model) measure model 40 -k "test_model and float32 and $others and not released and not meld-training" ;;
+        layer) measure layer 40 -k "test_afw_layer and training and $others" ;;
     esac
 }
 
@@ -62,18 +64,18 @@ sanitize() {
 export ADA2I_FAST_CPU_TIERS=${ADA2I_FAST_CPU_TIERS:-baseline} CXXFLAGS=${CXXFLAGS:--O1}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)}
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
-part build 60 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
-part info 15 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
+part build 45 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
+part info 10 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
 # First the tests and, beside them, where this is wanted, what takes compilers long: their caches serve the measurements.
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(13, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
-for name in compiled compiled-layer many; do
-    asked "$name" && [ -z "${ADA2I_CHECK_DRY:-}" ] && (OUT=$(mktemp -d); log=/dev/null; summary=/dev/null; measure_part "$name" 1 200) > /dev/null 2>&1 &
+for name in compiled compiled-layer many layer; do
+    asked "$name" && [ -z "${ADA2I_CHECK_DRY:-}" ] && (OUT=$(mktemp -d); log=/dev/null; summary=/dev/null; measure_part "$name" 1 170) > /dev/null 2>&1 &
 done
-part tests 200 "$PYTHON" -m pytest -q --no-header -m gpu tests -p no:cacheprovider $workers
+part tests 170 "$PYTHON" -m pytest -q --no-header -m gpu tests -p no:cacheprovider $workers
 wait
-for name in many compiled-layer compiled tf32 layer model; do measure_part "$name" 7; done
-part profile 30 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
+for name in many compiled-layer compiled tf32 bf16 released layer model; do measure_part "$name" 7; done
+part profile 45 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 
 echo; echo "== summary"
 cat "$summary"

@@ -936,6 +936,7 @@ def use_kernels(folder: Path) -> None:
 
 def claim(path: Path) -> bool:
     """Whether no process has claimed this before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
