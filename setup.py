@@ -20,7 +20,7 @@ class BuildLibraries(build_ext):
         native.build(self._folder().resolve(), native.ROOT / "build" / "native")
 
     def get_outputs(self) -> list[str]:
-        return [str(self._folder() / name) for name in ("libada2i_cpu.so", "libada2i_cuda.so", "build_info.json")
+        return [str(self._folder() / name) for name in ("libada2i_cpu.so", "libada2i_torch.so", "libada2i_cuda.so", "build_info.json")
                 if (self._folder() / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:

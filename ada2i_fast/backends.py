@@ -202,14 +202,15 @@ def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _build_info() -> dict[str, dict]:
+def build_facts(library: str) -> dict[str, str | list[str]]:
+    """What the build notes about a native library: file, compiler, what for; or the reason why it was left out."""
     path = LIBRARY_FOLDER / "build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()).get(library, {}) if path.exists() else {}
 
 
 def build_reason(library: str) -> str:
     """Why the build left a native library out."""
-    reason = _build_info().get(library, {}).get("reason")
+    reason = build_facts(library).get("reason")
     return f"not built: {reason}" if reason else "not built: install the package (pip install -e .)"
 
 
@@ -228,14 +229,12 @@ def load_library(name: str, path: Path, version: int) -> ctypes.CDLL:
 
 def info() -> dict[str, str]:
     """What was built, for what, with what, and why not the rest: a line per backend."""
-    built, lines = _build_info(), {}
-    for name in ("cpu", "cuda"):
-        facts = dict(built.get(name, {}))
-        reason = importlib.import_module(f".{_PACKAGES[name]}", __package__).why_not()
-        facts.pop("library", None)
-        described = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in facts.items()
-                              if key != "reason")
-        lines[f"backend {name}"] = "; ".join(filter(None, [f"unavailable: {reason}" if reason else "available", described]))
+    lines = {}
+    for line, name, package in (("backend cpu", "cpu", ".cpu"), ("its AFW without Python", "torch", ".cpu.node"), ("backend cuda", "cuda", ".cuda")):
+        reason = importlib.import_module(package, __package__).why_not()
+        described = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in build_facts(name).items()
+                              if key not in ("library", "reason"))
+        lines[line] = "; ".join(filter(None, [f"unavailable: {reason}" if reason else "available", described]))
     if not importlib.import_module(".cpu", __package__).why_not():
         lines["backend cpu"] += f"; runs {importlib.import_module('.cpu', __package__).tier()} here"
     if importlib.util.find_spec("triton") is None:

@@ -1,8 +1,9 @@
 """Compiles `ada2i_fast/lib/libada2i_*.so` with ninja: in parallel, and only what changed.
 
-The libraries use neither torch nor Python headers, so a build serves every version of both. What cannot be built is skipped, with the
-reason in `lib/build_info.json`, unless its environment variable is 1 (ADA2I_FAST_CPU, ADA2I_FAST_CUDA): then it is an error; 0 leaves
-it out.
+The libraries use neither torch nor Python headers, so a build serves every version of both; but for `libada2i_torch`, a node of autograd's
+graph in C++, which is for the torch that is installed when this runs. What cannot be built is skipped, with the reason in
+`lib/build_info.json`, unless its environment variable is 1 (ADA2I_FAST_CPU, ADA2I_FAST_CUDA, ADA2I_FAST_TORCH): then it is an error; 0
+leaves it out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SITE = Path(sysconfig.get_path("purelib"))      # of the target environment, in an isolated build too
 
 CXX_FLAGS = ("-std=c++17 -O3 -fPIC -fopenmp -fno-exceptions -fno-rtti -fvisibility=hidden -fno-math-errno -fno-trapping-math "
              "-ffp-contract=fast -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized").split()
@@ -39,7 +42,7 @@ def build(library_folder: Path, object_folder: Path) -> dict:
     library_folder.mkdir(parents=True, exist_ok=True)
     object_folder.mkdir(parents=True, exist_ok=True)
     info = {}
-    for name, make in (("cpu", cpu_rules), ("cuda", cuda_rules)):
+    for name, make in (("cpu", cpu_rules), ("torch", torch_rules), ("cuda", cuda_rules)):
         wanted = os.environ.get(f"ADA2I_FAST_{name.upper()}", "")
         library = library_folder / f"libada2i_{name}.so"
         try:
@@ -90,7 +93,7 @@ CXX_RULES = [
     "  deps = gcc",
     "  description = $out",
     "rule link",
-    "  command = $cxx -shared -fopenmp $in -o $out",
+    "  command = $cxx -shared -fopenmp $in -o $out $libraries",
     "  description = $out",
 ]
 
@@ -131,12 +134,41 @@ NVCC_RULES = [
 ]
 
 
+def torch_rules(library: Path, objects: Path) -> tuple[str, dict]:
+    torch = find_torch()
+    compiler = find_cxx()
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", (torch / "version.py").read_text(), re.M)
+    include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_path("include"))]
+    if not (include[-1] / "Python.h").exists():
+        raise Unavailable(f"no Python.h in {include[-1]}")
+    flags = [*TORCH_FLAGS, *(f"-isystem {escape(path)}" for path in include), os.environ.get("CXXFLAGS", "")]
+    rules = [f"cxx = {compiler}", f"flags = {' '.join(flags)}".rstrip(), *CXX_RULES,
+             f"build afw_layer.o: compile {escape(ROOT / 'csrc' / 'torch' / 'afw_layer.cpp')}",
+             f"build {escape(library)}: link afw_layer.o",
+             # Found by name among what `import torch` has loaded.
+             f"  libraries = -L{escape(torch / 'lib')} -lc10 -ltorch_cpu -ltorch_python"]
+    return "\n".join(rules) + "\n", {"compiler": version_line(compiler), "torch": found.group(1) if found else "unknown",
+                                     "python": "%d.%d" % sys.version_info[:2]}
+
+
+TORCH_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall".split()
+
+
+def find_torch() -> Path:
+    """Where torch is installed: in the target environment if this is an isolated build, else wherever this Python finds it."""
+    spec = importlib.util.find_spec("torch")
+    folders = [SITE / "torch", *([Path(spec.origin).parent] if spec and spec.origin else [])]
+    for folder in folders:
+        if (folder / "include" / "torch" / "csrc" / "autograd" / "function.h").exists():
+            return folder
+    raise Unavailable("torch was not installed when this package was; install it again (pip install -e .)")
+
+
 def find_nvcc() -> str:
     """CUDA_HOME, CUDA_PATH, /usr/local/cuda*, PyPI's toolkit packages, then PATH, where it may be a wrapper."""
-    site = Path(sysconfig.get_path("purelib"))   # that of the target environment, in an isolated build too
     folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
-    folders += [*sorted(site.glob("nvidia/cu[0-9]*"), reverse=True), site / "nvidia" / "cuda_nvcc"]
+    folders += [*sorted(SITE.glob("nvidia/cu[0-9]*"), reverse=True), SITE / "nvidia" / "cuda_nvcc"]
     for folder in folders:
         if os.access(folder / "bin" / "nvcc", os.X_OK):
             return str(folder / "bin" / "nvcc")

@@ -49,6 +49,7 @@ ENCODER = "ada2i_fast/ops/encoder_layer.py"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
+NODE = "csrc/torch/afw_layer.cpp"
 
 MUTANTS = [
     # ---- the algebra in PyTorch
@@ -237,6 +238,19 @@ MUTANTS = [
            "every chunk draws the noise of the first"),
     Mutant("cuda", "mask", CUDA_ADAM, "if (a.first_chunk[middle] <= chunk) low = middle;", "if (a.first_chunk[middle] < chunk) low = middle;",
            "a tensor's first chunk belongs to the one before"),
+    # ---- the CPU's layer in one call, a node of autograd's graph in C++
+    Mutant("node", "scale", NODE, "n ? 1.0 / n : 0.0", "n ? 1.0 / (n + 1) : 0.0", "the loss's mean over one element too many"),
+    Mutant("node", "index", NODE, "for (int64_t i = 9 * m; i < 10 * m; ++i) p.add(tensors[i]);", "for (int64_t i = 10 * m; i < 11 * m; ++i) p.add(tensors[i]);",
+           "backward takes the map's biases for its weights"),
+    Mutant("node", "index", NODE, "impl->set_storage_offset(start);", "impl->set_storage_offset(0);", "every gradient begins where the first does"),
+    Mutant("node", "index", NODE, "for (int64_t i = 0; i < 8 * m; i += 4) p.add(to", "for (int64_t i = 0; i < 8 * m; i += 4) p.add(i < 4 ? base : to",
+           "the first projections' gradients go into the state"),
+    Mutant("node", "bound", NODE, "end += (bytes[kind] + 63) / 64 * 64;", "end += bytes[kind] / 64 * 64;", "what the state holds overlaps"),
+    Mutant("node", "bound", NODE, "at[layer.dialogues] == rows && std", "std", "offsets may end beyond the rows"),
+    Mutant("node", "bound", NODE, "l < 0 || l >= layer.m", "l < 0 || l > layer.m", "a ring of modalities that are not there"),
+    Mutant("node", "mask", NODE, "!t._fw_grad(0).defined()", "true", "derivatives of forward mode are lost"),
+    Mutant("node", "mask", NODE, "if (graph && !with_loss) return py::none();", "", "a graph without a loss"),
+    Mutant("node", "mask", NODE, "for (auto& s : saved) s.reset_data();", "", "backward twice through the same graph"),
 ]
 
 # Backend: (build or None, tests, seconds for one run). Commands run in the copy. Triton has a runner of its own.
@@ -250,7 +264,9 @@ BACKENDS = {
         "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "encoder_layer",
         "balanced_adam"))], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
+    "node": (BUILD, [*PYTEST, "tests/ops/test_afw_layer.py", "-k", "node"], 600),
 }
+LIBRARIES = {"cpu": "cpu", "node": "torch"}
 NAMES = (*BACKENDS, "triton")
 
 
@@ -307,18 +323,18 @@ def mutated_tiers() -> str:
     return "" if cpu.why_not() else cpu.tiers()[0]
 
 
-def environment(copy: Path) -> dict[str, str]:
+def environment(copy: Path, backend: str) -> dict[str, str]:
     temporary = copy.parent / "tmp"         # compilers' and tests' caches: gone with the copy
     temporary.mkdir(exist_ok=True)
     # The CUDA library is not under test here, and nvcc is slow; a mutant of C++ is compiled in a third of the time with -O1; HYPOTHESIS: no example database of an earlier mutant.
-    return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "ADA2I_FAST_CPU_TIERS": mutated_tiers(), "CXXFLAGS": "-O1", "PYTHONDONTWRITEBYTECODE": "1",
+    return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(temporary), "ADA2I_FAST_CUDA": "0", "ADA2I_FAST_TORCH": str(int(backend == "node")), "ADA2I_FAST_CPU_TIERS": mutated_tiers(), "CXXFLAGS": "-O1", "PYTHONDONTWRITEBYTECODE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
             "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis")}
 
 
-def run(command: list[str], copy: Path, limit: float) -> tuple[str, str]:
+def run(command: list[str], copy: Path, backend: str, limit: float) -> tuple[str, str]:
     """("passed" | "failed" | "crashed" | "timeout" | "not run", the line that says why)."""
-    process = subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = subprocess.Popen(command, cwd=copy, env=environment(copy, backend), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", start_new_session=True)
     try:
         output, _ = process.communicate(timeout=limit)
@@ -353,14 +369,14 @@ def run_backend(backend: str, mutants: list[Mutant], deadline: float) -> list[tu
 
         def attempt(file: str = "") -> tuple[str, str]:
             if build:
-                state, why = run(build, copy, 900)
+                state, why = run(build, copy, backend, 900)
                 if state != "passed":
                     return "not run", f"does not build: {why}"
-                info = json.loads((copy / "ada2i_fast" / "lib" / "build_info.json").read_text())[backend]
+                info = json.loads((copy / "ada2i_fast" / "lib" / "build_info.json").read_text())[LIBRARIES[backend]]
                 if not info["library"]:
                     return "not run", f"does not build: {info['reason'][:200]}"
             own = Path(file).stem.removesuffix("_fused")             # the op's own tests first: they tell soonest
-            return run(sorted(tests, key=lambda word: word.startswith("tests/") and not (own and own in word)), copy, limit)
+            return run(sorted(tests, key=lambda word: word.startswith("tests/") and not (own and own in word)), copy, backend, limit)
 
         start = time.time()
         state, why = attempt()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib.metadata
+import importlib.util
 import json
 import os
 import stat
@@ -39,7 +41,7 @@ else:
         (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(tools / "fakecxx"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CPU_TIERS", "ADA2I_FAST_CUDA", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+    for name in ("ADA2I_FAST_CPU", "ADA2I_FAST_CPU_TIERS", "ADA2I_FAST_CUDA", "ADA2I_FAST_TORCH", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -125,8 +127,33 @@ def test_missing_tools_are_a_reason_or_an_error(fake_compilers, monkeypatch):
         build(fake_compilers)
     monkeypatch.setenv("ADA2I_FAST_CUDA", "0")
     monkeypatch.setenv("ADA2I_FAST_CPU", "0")
-    assert {name: facts["library"] for name, facts in build(fake_compilers).items()} == {"cpu": None, "cuda": None}
+    monkeypatch.setenv("ADA2I_FAST_TORCH", "0")
+    assert {name: facts["library"] for name, facts in build(fake_compilers).items()} == {"cpu": None, "torch": None, "cuda": None}
     assert not (fake_compilers / "lib" / "libada2i_cpu.so").exists()
+
+
+def test_the_node_is_for_the_torch_that_is_there(fake_compilers, monkeypatch):
+    """In the target environment, which an isolated build does not import from, or wherever this Python finds it."""
+    here = torch_version()
+    assert build(fake_compilers)["torch"] == {"library": "libada2i_torch.so", "compiler": "Fake compiler 1.0", "torch": here,
+                                              "python": "%d.%d" % sys.version_info[:2]}
+    assert "-lc10 -ltorch_cpu -ltorch_python" in (fake_compilers / "objects" / "torch" / "build.ninja").read_text()
+    site = fake_compilers / "site"
+    header = site / "torch" / "include" / "torch" / "csrc" / "autograd" / "function.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (site / "torch" / "version.py").write_text("__version__ = '9.8.7+cpu'\ndebug = False\n")
+    monkeypatch.setattr(native, "SITE", site)
+    assert build(fake_compilers)["torch"]["torch"] == "9.8.7+cpu"
+    header.unlink()
+    assert build(fake_compilers)["torch"]["torch"] == here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "torch was not installed when this package was" in build(fake_compilers)["torch"]["reason"]
+    assert not (fake_compilers / "lib" / "libada2i_torch.so").exists()
+
+
+def torch_version() -> str:
+    return importlib.metadata.version("torch")
 
 
 def test_a_failing_compiler_is_a_reason(fake_compilers, monkeypatch):
@@ -135,7 +162,8 @@ def test_a_failing_compiler_is_a_reason(fake_compilers, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("ADA2I_FAST_CUDA", "0")
-    assert "compilation failed" in build(fake_compilers)["cpu"]["reason"]
+    info = build(fake_compilers)
+    assert "compilation failed" in info["cpu"]["reason"] and "compilation failed" in info["torch"]["reason"]
 
 
 def test_a_library_of_another_build_is_refused(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from torch.autograd import profiler
 
 from .. import backends
 
-__all__ = ["cast", "flush", "library", "set_tier", "tier", "tiers", "together", "why_not"]
+__all__ = ["address", "cast", "flush", "library", "set_tier", "tier", "tiers", "together", "why_not"]
 
 ABI_VERSION = 7
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
@@ -112,7 +112,7 @@ _waiting = _Waiting()
 
 
 @functools.cache
-def _address(name: str) -> int:
+def address(name: str) -> int:
     return ctypes.cast(_function(name), ctypes.c_void_p).value
 
 
@@ -139,7 +139,7 @@ def flush() -> None:
     if not calls:
         return
     _waiting.calls = []
-    program = (_Call * len(calls))(*[(_address(name), ctypes.addressof(args), ctypes.sizeof(args)) for name, args, _ in calls])
+    program = (_Call * len(calls))(*[(address(name), ctypes.addressof(args), ctypes.sizeof(args)) for name, args, _ in calls])
     if result := _function("ada2i_cpu_run")(program, ctypes.c_int64(len(calls))):
         _check(calls[result // 4][0], result % 4)
 

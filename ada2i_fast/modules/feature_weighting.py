@@ -134,10 +134,8 @@ class FeatureWeighting(nn.Module):
             for layer in _children(self, "layers"):
                 attention, phi = layer._modules["attention"], layer._modules["wmn"]
                 parameters = (*attention.projections(), *attention.maps(), *_parameters(_children(phi, "fc")))
-                # A seed per layer from torch's generator: manual_seed governs the masks, on whatever device.
-                seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device) if dropout and self.backend != "torch" else None
                 x, loss = afw_layer(
-                    x, offsets, *parameters, ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout, seed=seed,
+                    x, offsets, *parameters, ring=self.ring, scale=self.scale, beta=self.beta, dropout=dropout,
                     gated_target=self.feature_target == "gated", reduction=self.feature_reduction, with_loss=self.training, rows=rows,
                     backend=self.backend, beside=beside)
                 losses.append(loss)

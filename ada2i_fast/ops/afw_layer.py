@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..cpu import node
 from .attention_mapping import attention_mapping, attention_mapping_torch, beyond, coefficients, masked
 from .dropout import gradients_through
 from .linear import Branch, here
 from .tensor_ring import check_layer, ring_rows, tensor_ring, tensor_ring_torch
 
-__all__ = ["Layout", "afw_layer", "layout", "stacked"]
+__all__ = ["Layout", "afw_layer", "differentiable", "layout", "stacked"]
 
 
 class _Stacked(torch.autograd.Function):
@@ -118,7 +119,7 @@ class _AFWLayer(torch.autograd.Function):
         m, (own, cast) = len(grads) - 1, ctx.kept
         inputs = tensors[:own]
         if torch.is_grad_enabled():                             # create_graph=True: the library has no derivative, the algebra has all
-            result = gradients_through(lambda *t: _in_torch(t, rows, offsets, *ctx.settings), inputs, grads)
+            result = differentiable(inputs, offsets, ctx.settings, grads, rows)
         else:
             x, parameters, state = inputs[:m], tensors[own:own + cast] or inputs[m:], tensors[own + cast:]
             grad_out = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, x)]
@@ -172,6 +173,12 @@ def _in_torch(tensors, rows, offsets, ring, scale, beta, dropout, seed, gated_ta
     return [*out, loss * x[0].shape[0] / rows]
 
 
+def differentiable(inputs: Sequence[Tensor], offsets: Tensor, settings: Sequence, grads: Sequence[Tensor | None],
+                   rows: Tensor | None = None) -> list[Tensor | None]:
+    """The gradients of a layer's 13M tensors, with derivatives of their own."""
+    return gradients_through(lambda *t: _in_torch(t, rows, offsets, *settings), inputs, grads)
+
+
 def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor], proj_bias: Sequence[Tensor],
               map_weight: Sequence[Tensor], map_bias: Sequence[Tensor], phi_weight: Sequence[Tensor], phi_bias: Sequence[Tensor], *,
               ring: Sequence[Sequence[int]], scale: float = 1.0, beta: float = 0.0, dropout: float = 0.0, seed: Tensor | None = None,
@@ -187,7 +194,16 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
     not at all.
     """
+    if rows is None and backend in ("auto", "cpu") and not torch.compiler.is_compiling():
+        found = node.afw_layer(x, offsets, (proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias), ring, scale, beta, dropout,
+                               seed, gated_target, reduction, with_loss)
+        if found is not None:
+            return found
     check_layer(x, offsets, dropout)
+    if dropout == 0.0:
+        seed = None
+    elif seed is None and backend != "torch":               # from torch's generator: manual_seed governs the masks, on whatever device
+        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     if not torch.compiler.is_compiling():
@@ -206,10 +222,6 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
         if not with_loss:
             return out, None
         return out, attention_mapping(x, target, phi_weight, phi_bias, reduction=reduction, rows=rows, backend=backend)
-    if dropout == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     settings = ([l for others in ring for l in others], scale, beta, dropout, seed, gated_target,
                 coefficients(x, reduction) if with_loss else None)
     if graph:

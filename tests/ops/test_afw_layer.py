@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
 
@@ -21,6 +23,7 @@ import cuda_cases  # noqa: E402
 import shim_build  # noqa: E402
 
 from ada2i_fast import backends, cpu  # noqa: E402
+from ada2i_fast.cpu import node  # noqa: E402
 from ada2i_fast.ops import afw_layer, attention_mapping, tensor_ring  # noqa: E402
 from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring  # noqa: E402
 from ada2i_fast.reference.attention_mapping import AttentionMapping  # noqa: E402
@@ -37,6 +40,25 @@ NAMES = (*PARAMETERS, "phi", "phi_bias")
 SMALL = Case(lengths=(5, 0, 14), widths=(18, 33, 7), rank=5, dropout=0.3, seed=1)
 IEMOCAP = Case(lengths=(51, 46, 59, 50, 39), widths=(300, 300, 300), rank=11, dropout=0.5, seed=2)
 LONG = Case(lengths=(700, 421), widths=(20, 35), rank=6, gated_target=True, reduction="mean", seed=3)
+
+
+needs_node = pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not()))
+
+
+@pytest.fixture(params=["python", pytest.param("node", marks=needs_node)])
+def route(request, monkeypatch):
+    """The CPU's layer by way of Python, and in one call (`cpu.node`), which then has to take what it gets."""
+    one_call = node.afw_layer
+    served = []
+
+    def counted(*arguments):
+        found = one_call(*arguments) if request.param == "node" else None
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(node, "afw_layer", counted)
+    yield request.param
+    assert any(served) == (request.param == "node")
 
 
 def with_options(case: Case, **changes) -> Case:
@@ -127,8 +149,8 @@ def test_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize("tier", TIERS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stays_within_its_arrays(monkeypatch, tier, dtype):
-    """Misaligned inputs inside buffers of NaN, outputs and state poisoned: the same bits."""
+def test_stays_within_its_arrays(monkeypatch, tier, dtype, route):
+    """Misaligned inputs inside buffers of NaN, outputs and state (which Python can reach only where it makes them) poisoned: the same bits."""
     for case in (SMALL, LONG, with_options(SMALL, gated_target=True), Case(lengths=(0, 0), widths=(5, 3), rank=3)):
         drawn = inputs(case, dtype)
         expected = run(case, drawn)
@@ -154,7 +176,7 @@ def test_strided_inputs():
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_without_gradients(monkeypatch):
+def test_without_gradients(monkeypatch, route):
     """The same bits; without the loss nothing but the outputs is allocated."""
     for case in (SMALL, LONG):
         drawn = inputs(case, torch.float32)
@@ -171,7 +193,7 @@ def test_without_gradients(monkeypatch):
         assert none is None and all(a.requires_grad for a in graph)
 
 
-def test_only_some_gradients_wanted():
+def test_only_some_gradients_wanted(route):
     """The loss alone, one output alone, frozen parameters."""
     drawn = inputs(SMALL)
     for pick in (lambda out, loss: [loss], lambda out, loss: out[1:2]):
@@ -223,7 +245,7 @@ def test_parameters_in_another_dtype(x_dtype, dtype):
         assert torch.equal(a.to(coarser), b.to(coarser))
 
 
-def test_first_and_second_derivatives():
+def test_first_and_second_derivatives(route):
     case = Case(lengths=(2, 0, 1), widths=(2, 1, 2), rank=2, dropout=0.3, gated_target=True, seed=7)
     for case in (case, with_options(case, gated_target=False, dropout=0.0)):
         at = leaves(decided(case, torch.float64), NAMES)
@@ -273,7 +295,7 @@ def compiled_layer_of(compiled, case, at):
     return compiled(at["x"], offsets(case), case.options["seed"], {n: at[n] for n in NAMES[1:]})
 
 
-def test_saves_a_quarter_of_what_the_textbook_saves():
+def test_saves_a_quarter_of_what_the_textbook_saves(route):
     """Inputs and parameters, which are there anyway, do not count."""
     case, drawn = IEMOCAP, inputs(IEMOCAP, torch.float32)
     steps, ring, phi = max(case.lengths), TensorRing(case.widths, case.rank), AttentionMapping(case.widths)
@@ -303,6 +325,192 @@ def test_saves_a_quarter_of_what_the_textbook_saves():
     for ours_layer in (call, two_ops):
         ours = saved_bytes(lambda: ours_layer(case, at), [t for tensors in at.values() for t in tensors])
         assert ours <= theirs / 4, f"{ours / theirs:.3f} of the textbook's {theirs} bytes"
+
+
+# --------------------------------------------------------------------------------------------------- in one call, by cpu.node
+
+
+def by_python(monkeypatch, compute):
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "afw_layer", lambda *_: None)
+        return compute()
+
+
+@needs_node
+@pytest.mark.parametrize("dtype, parameters", [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+                         ids=str)
+@settings(profile, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+@example(case=Case(lengths=(), widths=(3, 4), rank=2))
+@example(case=Case(lengths=(0,), widths=(3,), rank=2, dropout=0.5))
+@example(case=Case(lengths=(2, 1), widths=(3, 5, 2, 4), rank=32, dropout=0.5, reduction="mean"))
+def test_node_is_what_python_does(monkeypatch, dtype, parameters, case):
+    """To the last bit, with the loss, without it, and without its gradient."""
+    drawn = inputs(case, dtype)
+    drawn |= {name: [t.to(parameters) for t in drawn[name]] for name in NAMES[1:]}
+
+    def results():
+        found = run(case, drawn)
+        found |= named("alone", call(case, drawn, with_loss=False)[0])
+        at = leaves(drawn, NAMES)
+        out, _ = call(case, at)
+        gradients = torch.autograd.grad(out, [t for n in NAMES for t in at[n]], [g.to(dtype) for g in drawn["grad_out"]], allow_unused=True)
+        return found | {f"without the loss's: {i}": g for i, g in enumerate(gradients) if g is not None}
+
+    ours, theirs = results(), by_python(monkeypatch, results)
+    assert list(ours) == list(theirs)
+    for name, expected in theirs.items():
+        assert torch.equal(ours[name], expected) and ours[name].dtype == expected.dtype and ours[name].is_contiguous(), name
+
+
+@needs_node
+def test_node_draws_the_same_mask(monkeypatch):
+    drawn = inputs(SMALL, torch.float32)
+
+    def drawn_anew():
+        torch.manual_seed(5)
+        return call(SMALL, drawn, seed=None)[0]
+
+    assert all(map(torch.equal, drawn_anew(), by_python(monkeypatch, drawn_anew)))
+    assert not torch.equal(call(SMALL, drawn, seed=None)[0][0], call(SMALL, drawn, seed=None)[0][0])
+
+
+def one_call(case: Case, at, **changes):
+    """What `node` says to the arguments that ops.afw_layer has."""
+    weights, biases = ([part for t in at[name] for part in t.chunk(4)] for name in ("proj_weight", "proj_bias"))
+    given = dict(x=at["x"], offsets=offsets(case), kinds=(weights, biases, at["map_weight"], at["map_bias"], at["phi"], at["phi_bias"]),
+                 ring=case.rings, scale=case.scale, beta=case.beta, dropout=case.dropout, seed=options(case, torch.device("cpu"))["seed"],
+                 gated_target=case.gated_target, reduction=case.reduction, with_loss=True) | changes
+    return node.afw_layer(*given.values())
+
+
+@needs_node
+def test_node_declines_what_is_not_plain(monkeypatch):
+    """Then Python serves it, or says what is wrong."""
+    drawn = inputs(SMALL, torch.float32)
+    x, plain = drawn["x"], torch.zeros(19, 18)
+    assert one_call(SMALL, drawn) is not None
+
+    class Own(torch.Tensor):
+        pass
+
+    class Through(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **kwargs or {})
+
+    with torch.inference_mode():
+        inference = torch.zeros(19, 18)
+    odd = {"transposed": torch.zeros(18, 19).t(), "another shape": torch.zeros(18, 18), "a vector": torch.zeros(19), "a subclass": plain.as_subclass(Own),
+           "meta": plain.to("meta"), "sparse": plain.to_sparse(), "negative": torch._neg_view(plain), "inference": inference,
+           "another dtype": plain.double(), "whole numbers": plain.long(), "no tensor": "x"}
+    for name, t in odd.items():
+        assert one_call(SMALL, {**drawn, "x": [t, *x[1:]]}) is None, name
+        assert one_call(SMALL, drawn, offsets=t) is None, name
+        assert one_call(SMALL, drawn, seed=t) is None, name
+    for name in NAMES[1:]:
+        for wrong in (torch.zeros(2, 2), torch.zeros_like(drawn[name][0], dtype=torch.float64), drawn[name][0].to("meta")):
+            assert one_call(SMALL, {**drawn, name: [wrong.repeat(4, *[1] * (wrong.dim() - 1)) if "proj" in name else wrong, *drawn[name][1:]]}) is None, name
+        assert one_call(SMALL, {**drawn, name: drawn[name][:2]}) is None, name
+    start = offsets(SMALL)
+    for wrong in (start + 1, start - 1, start.flip(0), start[:-1], start[:0], start.int(), start[None], torch.tensor([0, 9, 5, 19])):
+        assert one_call(SMALL, drawn, offsets=wrong) is None, wrong
+    for wrong in (dict(ring=[[1, 2], [2, 0]]), dict(ring=[[1, 2], [2, 0], [0]]), dict(ring=[[1, 2], [2, 3], [0, 1]]), dict(ring=[[1, 2], [2, -1], [0, 1]]),
+                  dict(ring=None), dict(ring=[[1, 2], [2, 2 ** 70], [0, 1]]), dict(scale="1"), dict(beta=None), dict(dropout=1.0), dict(dropout=-0.1), dict(dropout=float("nan")),
+                  dict(reduction="median"), dict(reduction=None), dict(seed=torch.zeros(2, dtype=torch.int64)), dict(x=[]), dict(x=None), dict(kinds=())):
+        assert one_call(SMALL, drawn, **wrong) is None, wrong
+    big = Case(lengths=(2,), widths=(3,), rank=33)
+    assert one_call(big, inputs(big)) is None
+    many = Case(lengths=(2,), widths=(3,) * 9, rank=2)
+    assert one_call(many, inputs(many)) is None
+
+    graph = leaves(drawn, NAMES)
+    assert one_call(SMALL, graph, with_loss=False) is None
+    with Through():
+        assert one_call(SMALL, drawn) is None
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+        assert one_call(SMALL, {**drawn, "x": [dual, *x[1:]]}) is None
+    found = []
+    torch.func.grad(lambda t: found.append(one_call(SMALL, {**drawn, "x": [t, *x[1:]]})) or found.append(one_call(SMALL, drawn)) or t.sum())(x[0])
+    assert found == [None, None]
+    for forced, served in (("torch", False), ("cpu", True), ("auto", True), ("", True)):
+        monkeypatch.setenv("ADA2I_FAST_BACKEND", forced)
+        assert (one_call(SMALL, drawn) is not None) == served, forced
+    assert one_call(SMALL, {**drawn, "x": [torch.nn.Parameter(x[0]), *x[1:]]}) is not None
+
+
+@needs_node
+def test_node_keeps_to_the_rules_of_autograd():
+    drawn = inputs(SMALL, torch.float32)
+    at = leaves(drawn, NAMES)
+    out, loss = call(SMALL, at)
+    assert loss.grad_fn.name() == "AFWLayerBackward" and all(t.grad_fn is loss.grad_fn for t in out)
+    (sum(t.sum() for t in out) + loss).backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    kept = [at["x"][1].grad.clone(), at["phi"][0].grad.clone()]
+    at["phi_bias"][2].grad.zero_()                              # shares memory with the others, and nothing else
+    assert torch.equal(at["phi"][0].grad, kept[1])
+    out, loss = call(SMALL, at)
+    (sum(t.sum() for t in out) + loss).backward()               # accumulates
+    torch.testing.assert_close(at["x"][1].grad, 2 * kept[0])
+    out, loss = call(SMALL, at)
+    with torch.no_grad():
+        at["map_weight"][0].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    same = [at["x"][0], drawn["x"][1], drawn["x"][2]]           # of one modality alone a gradient is wanted
+    out, loss = call(SMALL, {**drawn, "x": same})
+    found, = torch.autograd.grad(loss, [same[0]])
+    everything = torch.autograd.grad(call(SMALL, {**at, "x": [same[0], *at["x"][1:]], "map_weight": drawn["map_weight"]})[1], [same[0]])[0]
+    assert torch.equal(found, everything)
+
+
+@needs_node
+def test_node_in_several_threads():
+    drawn = inputs(IEMOCAP, torch.float32)
+    expected = run(IEMOCAP, drawn)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: run(IEMOCAP, drawn), range(8)):
+            assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@needs_node
+def test_node_shows_in_a_profile_and_to_hooks():
+    at = leaves(inputs(SMALL, torch.float32), NAMES)
+    seen = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace, \
+            torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+        call(SMALL, at)[1].backward()
+    names = {event.key for event in trace.key_averages()}
+    assert {"ada2i_tensor_ring_forward", "ada2i_tensor_ring_backward"} <= names
+    assert len(seen) == 13 * 3 + 3 and at["x"][0].grad is not None
+
+
+def test_why_there_is_no_node(monkeypatch, tmp_path):
+    facts = {"torch": torch.__version__, "python": "%d.%d" % sys.version_info[:2]}
+    library = tmp_path / node.PATH.name
+    monkeypatch.setattr(node, "PATH", library)
+    monkeypatch.setattr(backends, "build_facts", lambda name: facts)
+
+    def reason():
+        node._load.cache_clear()
+        return node.why_not()
+
+    try:
+        assert reason() == "not built: install the package (pip install -e .)"
+        facts["reason"] = "torch was not there"
+        assert reason() == "not built: torch was not there"
+        assert node.afw_layer() is None
+        library.write_bytes(b"no library")
+        assert "does not load" in reason()
+        facts["torch"] = "1.0"
+        assert reason() == f"built for torch 1.0, not {torch.__version__}: install the package again (pip install -e .)"
+        monkeypatch.setattr(node, "why_no_library", lambda: "no library for the CPU")
+        assert reason() == "no library for the CPU"
+    finally:
+        monkeypatch.undo()
+        node._load.cache_clear()
 
 
 def test_refusals():

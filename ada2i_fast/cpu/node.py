@@ -1,0 +1,65 @@
+"""A layer of AFW on the CPU in one call: `lib/libada2i_torch.so` (csrc/torch) checks, brings memory, calls the library and makes the node of
+autograd's graph.
+
+In Python, which `ops.afw_layer` is, that takes as long as ten short dialogues' arithmetic, and longer where arithmetic has emptied the caches.
+The library is built for one version of torch and of Python; where others run, or what it is given is not plain, Python does the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+
+from .. import backends
+from . import PATH as CPU_PATH
+from . import address, flush
+from . import why_not as why_no_library
+
+__all__ = ["afw_layer", "why_not"]
+
+PATH = CPU_PATH.with_name("libada2i_torch.so")
+ABI_VERSION = 1
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The module, or why there is none."""
+    if reason := why_no_library():
+        return reason
+    if not PATH.exists():
+        return backends.build_reason("torch")
+    built, here = backends.build_facts("torch"), {"torch": torch.__version__, "python": "%d.%d" % sys.version_info[:2]}
+    if others := [f"{name} {built.get(name)}, not {version}" for name, version in here.items() if built.get(name) != version]:
+        return f"built for {' and '.join(others)}: install the package again (pip install -e .)"
+    try:
+        loader = importlib.machinery.ExtensionFileLoader("ada2i_torch", str(PATH))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("ada2i_torch", loader))
+        loader.exec_module(module)
+    except ImportError as error:
+        return f"{PATH.name} does not load: {error}"
+    if module.ABI_VERSION != ABI_VERSION:
+        return f"it speaks version {module.ABI_VERSION} of the interface, this package {ABI_VERSION}: build it again (pip install -e .)"
+    from ..ops.afw_layer import differentiable      # which imports this file
+
+    module.use(address("ada2i_tensor_ring_forward"), address("ada2i_tensor_ring_backward"), torch.nn.Parameter, differentiable)
+    return module
+
+
+def why_not() -> str | None:
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def afw_layer(*arguments: object) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
+    """x, offsets, the six kinds of parameters, ring, scale, beta, dropout, seed, gated_target, reduction and with_loss, as `ops.afw_layer`
+    takes them; its result, or None where these are for Python."""
+    module = _load()
+    if isinstance(module, str):
+        return None
+    flush()
+    return module.afw_layer(*arguments)
