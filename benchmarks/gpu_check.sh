@@ -61,7 +61,7 @@ sanitize() {
 }
 
 # Only this card's code, and of the CPU's no more than tests compare with: a fraction of the build time.
-export ADA2I_FAST_CPU_TIERS=${ADA2I_FAST_CPU_TIERS:-baseline} CXXFLAGS=${CXXFLAGS:--O1}
+export ADA2I_FAST_CPU_TIERS=${ADA2I_FAST_CPU_TIERS:-baseline} ADA2I_FAST_TORCH=${ADA2I_FAST_TORCH:-0} CXXFLAGS=${CXXFLAGS:--O1}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)}
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
 part build 45 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ada2i_fast import backends, cpu
+from ada2i_fast.cpu import node
 
 from .report import AVX2, ROOT
 
@@ -47,7 +48,7 @@ def facts(device: str) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"device": device_name(device), "cpu": device_name("cpu"), "cpu_tier": None if cpu.why_not() else cpu.tier(),
+    return {"device": device_name(device), "cpu": device_name("cpu"), "cpu_tier": None if cpu.why_not() else cpu.tier(), "cpu_node": node.why_not() is None,
             "threads": torch.get_num_threads(), "load_at_start": round(os.getloadavg()[0], 1), "python": platform.python_version(),
             "torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda if device == "cuda" else None,
             "float32_matmul_precision": torch.get_float32_matmul_precision(), "commit": commit,

@@ -20,7 +20,7 @@ from pathlib import Path
 from . import report
 
 # The same in every row of a session: kept once.
-ENVIRONMENT = ("device", "cpu", "cpu_tier", "threads", "load_at_start", "python", "torch", "triton", "cuda", "float32_matmul_precision",
+ENVIRONMENT = ("device", "cpu", "cpu_tier", "cpu_node", "threads", "load_at_start", "python", "torch", "triton", "cuda", "float32_matmul_precision",
                "commit", "limits")
 # Float32, where the instruction set matters most; torch.compile is left out.
 AVX2 = "float32 and not compiled and (test_model or test_afw_layer and iemocap and training)"

@@ -386,5 +386,5 @@ PYBIND11_MODULE(ada2i_torch, module) {
     parameter_class = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
     second_order = second.release().ptr();
   });
-  module.def("afw_layer", &afw_layer);
+  module.def("afw_layer", torch::wrap_pybind_function(afw_layer));
 }

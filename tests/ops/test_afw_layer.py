@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, example, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -485,6 +486,22 @@ def test_node_shows_in_a_profile_and_to_hooks():
     names = {event.key for event in trace.key_averages()}
     assert {"ada2i_tensor_ring_forward", "ada2i_tensor_ring_backward"} <= names
     assert len(seen) == 13 * 3 + 3 and at["x"][0].grad is not None
+
+    def gradients(function):
+        return torch.autograd.grad(function(*at["x"]), [t for n in NAMES[:5] for t in at[n]])
+
+    def loss(*x):
+        out, loss = call(SMALL, {**at, "x": x})
+        return sum(t.sum() for t in out) + loss
+
+    again = gradients(lambda *x: torch.utils.checkpoint.checkpoint(loss, *x, use_reentrant=False))
+    assert all(map(torch.equal, gradients(loss), again))
+
+    def refuses(t):
+        raise KeyError("a hook's own error")
+
+    with pytest.raises(KeyError, match="a hook's own error"), torch.autograd.graph.saved_tensors_hooks(refuses, lambda t: t):
+        call(SMALL, at)
 
 
 def test_why_there_is_no_node(monkeypatch, tmp_path):
