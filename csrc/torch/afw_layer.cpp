@@ -198,10 +198,17 @@ struct AFWLayerBackward : torch::autograd::Node {
     if (!at::GradMode::is_enabled()) return backward(layer, tensors, offsets, seed, state, grads);
     // create_graph=True: the library has no derivative, the algebra has all.
     py::gil_scoped_acquire gil;
-    py::object result = py::reinterpret_borrow<py::object>(second_order)(tensors, offsets, settings(layer, seed), grads);
-    variable_list found;
-    for (auto item : result) found.push_back(item.is_none() ? Tensor() : py::cast<Tensor>(item));
-    return found;
+    try {
+      py::object result = py::reinterpret_borrow<py::object>(second_order)(tensors, offsets, settings(layer, seed), grads);
+      variable_list found;
+      for (auto item : result) found.push_back(item.is_none() ? Tensor() : py::cast<Tensor>(item));
+      return found;
+    } catch (py::error_already_set& error) {      // autograd hands on torch's kind alone as it is
+      error.restore();
+      python_error own;
+      own.persist();
+      throw own;
+    }
   }
 
   void release_variables() override {
@@ -229,15 +236,14 @@ struct Items {
   PyObject* operator[](int64_t i) const { return PySequence_Fast_GET_ITEM(object, i); }
 };
 
-bool numbers(std::initializer_list<std::pair<py::handle, double*>> list) {
-  for (auto& [object, to] : list) {
-    *to = PyFloat_AsDouble(object.ptr());
-    if (PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-  }
-  return true;
+bool read_numbers(py::handle scale, py::handle beta, py::handle dropout, py::handle gated, Layer& layer) {
+  layer.scale = PyFloat_AsDouble(scale.ptr());
+  if (!PyErr_Occurred()) layer.beta = PyFloat_AsDouble(beta.ptr());
+  if (!PyErr_Occurred()) layer.dropout = PyFloat_AsDouble(dropout.ptr());
+  if (!PyErr_Occurred()) layer.gated = PyObject_IsTrue(gated.ptr());
+  const bool failed = PyErr_Occurred();
+  PyErr_Clear();
+  return !failed && layer.dropout >= 0 && layer.dropout < 1;
 }
 
 // x and the parameters, 13M tensors, if all are `plain`.
@@ -309,9 +315,9 @@ bool read_ring(const Items& ring, Layer& layer) {
 }
 
 bool coefficients(py::handle reduction, Layer& layer) {
-  const char* name = PyUnicode_Check(reduction.ptr()) ? PyUnicode_AsUTF8(reduction.ptr()) : "";
-  const bool mean = !std::strcmp(name, "mean");
-  if (!mean && std::strcmp(name, "sum")) return false;
+  const auto is = [&](const char* name) { return PyUnicode_Check(reduction.ptr()) && !PyUnicode_CompareWithASCIIString(reduction.ptr(), name); };
+  const bool mean = is("mean");
+  if (!mean && !is("sum")) return false;
   int64_t all = 0;
   for (int64_t j = 0; j < layer.m; ++j) all += layer.rows * layer.widths[j];
   for (int64_t j = 0; j < layer.m; ++j) {
@@ -337,9 +343,8 @@ py::object afw_layer(py::handle x, py::handle offsets_, py::handle kinds, py::ha
   if (!undisturbed() || !take(Items(x), Items(kinds), tensors) || !plain(offsets_.ptr())) return py::none();
   const Tensor& offsets = THPVariable_Unpack(offsets_.ptr());
   if (!describe(tensors, offsets, layer) || !read_ring(Items(ring), layer) || !coefficients(reduction, layer) ||
-      !numbers({{scale, &layer.scale}, {beta, &layer.beta}, {dropout, &layer.dropout}}) || !(layer.dropout >= 0 && layer.dropout < 1))
+      !read_numbers(scale, beta, dropout, gated_target, layer))
     return py::none();
-  layer.gated = PyObject_IsTrue(gated_target.ptr());
   layer.with_loss = with_loss;
   const bool graph = at::GradMode::is_enabled() &&
                      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });

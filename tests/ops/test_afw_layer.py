@@ -417,7 +417,7 @@ def test_node_declines_what_is_not_plain(monkeypatch):
         assert one_call(SMALL, drawn, offsets=wrong) is None, wrong
     for wrong in (dict(ring=[[1, 2], [2, 0]]), dict(ring=[[1, 2], [2, 0], [0]]), dict(ring=[[1, 2], [2, 3], [0, 1]]), dict(ring=[[1, 2], [2, -1], [0, 1]]),
                   dict(ring=None), dict(ring=[[1, 2], [2, 2 ** 70], [0, 1]]), dict(scale="1"), dict(beta=None), dict(dropout=1.0), dict(dropout=-0.1), dict(dropout=float("nan")),
-                  dict(reduction="median"), dict(reduction=None), dict(seed=torch.zeros(2, dtype=torch.int64)), dict(x=[]), dict(x=None), dict(kinds=())):
+                  dict(reduction="median"), dict(reduction=None), dict(reduction="\ud800"), dict(gated_target=torch.ones(2)), dict(seed=torch.zeros(2, dtype=torch.int64)), dict(x=[]), dict(x=None), dict(kinds=())):
         assert one_call(SMALL, drawn, **wrong) is None, wrong
     big = Case(lengths=(2,), widths=(3,), rank=33)
     assert one_call(big, inputs(big)) is None
@@ -502,6 +502,10 @@ def test_node_shows_in_a_profile_and_to_hooks():
 
     with pytest.raises(KeyError, match="a hook's own error"), torch.autograd.graph.saved_tensors_hooks(refuses, lambda t: t):
         call(SMALL, at)
+    with pytest.raises(KeyError, match="a hook's own error"):
+        out, _ = call(SMALL, at)
+        with torch.autograd.graph.saved_tensors_hooks(refuses, lambda t: t):
+            torch.autograd.grad(out[0].sum(), at["x"], create_graph=True)
 
 
 def test_why_there_is_no_node(monkeypatch, tmp_path):
