@@ -48,8 +48,8 @@ def facts(device: str) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"device": device_name(device), "cpu": device_name("cpu"), "cpu_tier": None if cpu.why_not() else cpu.tier(), "cpu_node": node.why_not() is None,
-            "threads": torch.get_num_threads(), "load_at_start": round(os.getloadavg()[0], 1), "python": platform.python_version(),
+    return {"device": device_name(device), "cpu": device_name("cpu"), "cpu_tier": None if cpu.why_not() else cpu.tier(),
+            "cpu_node": node.why_not() is None, "threads": torch.get_num_threads(), "load_at_start": round(os.getloadavg()[0], 1), "python": platform.python_version(),
             "torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda if device == "cuda" else None,
             "float32_matmul_precision": torch.get_float32_matmul_precision(), "commit": commit,
             "limits": {name: os.environ[name] for name in AVX2 if name in os.environ}}

@@ -13,6 +13,7 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
@@ -33,6 +34,7 @@ using Call = int (*)(const void*, int64_t);
 Call tensor_ring_forward, tensor_ring_backward;
 PyTypeObject* parameter_class;
 PyObject* second_order;
+c10::DispatchKeySet plain_keys;
 
 struct Layer {
   int64_t m, rank, rows, dialogues, gated;
@@ -51,9 +53,8 @@ int64_t code(at::ScalarType t) {
 // A strided CPU tensor that nobody wraps, and no inference or fake tensor.
 bool plain(PyObject* object) {
   if (Py_TYPE(object) != parameter_class && !THPVariable_CheckExact(object)) return false;
-  static const auto expected = at::detail::empty_cpu({0}, at::kFloat).key_set();
   const Tensor& t = THPVariable_Unpack(object);
-  return t.key_set() == expected && t.is_contiguous() && !t._fw_grad(0).defined();
+  return t.key_set() == plain_keys && t.is_contiguous() && !t._fw_grad(0).defined();
 }
 
 void run(Call function, const char* name, const Layer& layer, const Tensor& offsets, const Tensor& seed, void* loss, void* const* tensors) {
@@ -390,6 +391,8 @@ PYBIND11_MODULE(ada2i_torch, module) {
     tensor_ring_backward = reinterpret_cast<Call>(backward);
     parameter_class = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
     second_order = second.release().ptr();
+    const c10::InferenceMode off(false);          // whose tensors are others
+    plain_keys = at::detail::empty_cpu({0}, at::kFloat).key_set();
   });
   module.def("afw_layer", torch::wrap_pybind_function(afw_layer));
 }

@@ -508,6 +508,17 @@ def test_node_shows_in_a_profile_and_to_hooks():
             torch.autograd.grad(out[0].sum(), at["x"], create_graph=True)
 
 
+@needs_node
+def test_node_begun_in_inference_mode():
+    drawn, outside = inputs(SMALL, torch.float32), dict(offsets=offsets(SMALL), seed=SMALL.options["seed"])
+    node._load.cache_clear()
+    with torch.inference_mode():
+        alone = one_call(SMALL, drawn, **outside)
+        assert alone[0][0].is_inference()
+    out, loss = one_call(SMALL, leaves(drawn, NAMES))
+    assert loss.grad_fn is not None and torch.equal(out[0], alone[0][0])
+
+
 def test_why_there_is_no_node(monkeypatch, tmp_path):
     facts = {"torch": torch.__version__, "python": "%d.%d" % sys.version_info[:2]}
     library = tmp_path / node.PATH.name
