@@ -221,10 +221,14 @@ def load_library(name: str, path: Path, version: int) -> ctypes.CDLL:
     except OSError as error:
         raise RuntimeError(f"{error}; build it again (pip install -e .)") from None
     number = getattr(handle, f"ada2i_{name}_abi_version", None)
-    found = number() if number else None
+    check_version(number() if number else None, version)
+    return handle
+
+
+def check_version(found: int | None, version: int) -> None:
+    """RuntimeError unless what was built has this version of the interface."""
     if found != version:
         raise RuntimeError(f"it speaks version {found} of the interface, this package {version}: build it again (pip install -e .)")
-    return handle
 
 
 def info() -> dict[str, str]:

@@ -40,10 +40,9 @@ def _load() -> ModuleType | str:
         loader = importlib.machinery.ExtensionFileLoader("ada2i_torch", str(PATH))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader("ada2i_torch", loader))
         loader.exec_module(module)
-    except ImportError as error:
+        backends.check_version(module.ABI_VERSION, ABI_VERSION)
+    except (ImportError, RuntimeError) as error:
         return f"{PATH.name} does not load: {error}"
-    if module.ABI_VERSION != ABI_VERSION:
-        return f"it speaks version {module.ABI_VERSION} of the interface, this package {ABI_VERSION}: build it again (pip install -e .)"
     from ..ops.afw_layer import differentiable      # which imports this file
 
     module.use(address("ada2i_tensor_ring_forward"), address("ada2i_tensor_ring_backward"), torch.nn.Parameter, differentiable)

@@ -200,14 +200,14 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
         if found is not None:
             return found
     check_layer(x, offsets, dropout)
-    if dropout == 0.0:
-        seed = None
-    elif seed is None and backend != "torch":               # from torch's generator: manual_seed governs the masks, on whatever device
-        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     if not torch.compiler.is_compiling():
         _check(x, tensors[len(x):], proj_bias[0].shape[0])
+    if dropout == 0.0:
+        seed = None
+    elif seed is None and backend != "torch":               # from torch's generator: manual_seed governs the masks, on whatever device
+        seed = torch.randint(2 ** 63 - 1, (1,), device=x[0].device)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     unmasked = rows is not None and served == "cpu"         # the library has no mask
     separate = served == "torch" or unmasked or (graph and not with_loss) or not backends.eager(tensors)

@@ -190,12 +190,12 @@ struct AFWLayerBackward : torch::autograd::Node {
       tensors.reserve(saved.size());
       for (auto& s : saved) tensors.push_back(s.unpack());
     }
-    Tensor state = tensors.back();
-    tensors.pop_back();
-    Tensor seed = tensors.back();
-    tensors.pop_back();
-    Tensor offsets = tensors.back();
-    tensors.pop_back();
+    const auto last = [&] {
+      Tensor t = std::move(tensors.back());
+      tensors.pop_back();
+      return t;
+    };
+    const Tensor state = last(), seed = last(), offsets = last();
     if (!at::GradMode::is_enabled()) return backward(layer, tensors, offsets, seed, state, grads);
     // create_graph=True: the library has no derivative, the algebra has all.
     py::gil_scoped_acquire gil;

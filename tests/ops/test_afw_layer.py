@@ -519,6 +519,18 @@ def test_node_begun_in_inference_mode():
     assert loss.grad_fn is not None and torch.equal(out[0], alone[0][0])
 
 
+@needs_node
+def test_a_node_of_another_version_rests(monkeypatch):
+    monkeypatch.setattr(node, "ABI_VERSION", 2 ** 20)
+    node._load.cache_clear()
+    try:
+        assert "it speaks version 1 of the interface, this package 1048576: build it again" in node.why_not()
+        assert call(SMALL, leaves(inputs(SMALL), NAMES))[1].grad_fn.name() != "AFWLayerBackward"
+    finally:
+        monkeypatch.undo()
+        node._load.cache_clear()
+
+
 def test_why_there_is_no_node(monkeypatch, tmp_path):
     facts = {"torch": torch.__version__, "python": "%d.%d" % sys.version_info[:2]}
     library = tmp_path / node.PATH.name
