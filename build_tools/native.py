@@ -1,7 +1,7 @@
 """Compiles `ada2i_fast/lib/libada2i_*.so` with ninja: in parallel, and only what changed.
 
-The libraries use neither torch nor Python headers, so a build serves every version of both; but for `libada2i_torch`, a node of autograd's
-graph in C++, which is for the torch that is installed when this runs. What cannot be built is skipped, with the reason in
+The libraries use neither torch nor Python headers, so a build serves every version of both; but for `libada2i_torch`, nodes of autograd's
+graph in C++, which are for the torch that is installed when this runs. What cannot be built is skipped, with the reason in
 `lib/build_info.json`, unless its environment variable is 1 (ADA2I_FAST_CPU, ADA2I_FAST_CUDA, ADA2I_FAST_TORCH): then it is an error; 0
 leaves it out.
 """
@@ -141,10 +141,11 @@ def torch_rules(library: Path, objects: Path) -> tuple[str, dict]:
     include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_path("include"))]
     if not (include[-1] / "Python.h").exists():
         raise Unavailable(f"no Python.h in {include[-1]}")
+    sources = sorted((ROOT / "csrc" / "torch").glob("*.cpp"))
     flags = [*TORCH_FLAGS, *(f"-isystem {escape(path)}" for path in include), os.environ.get("CXXFLAGS", "")]
     rules = [f"cxx = {compiler}", f"flags = {' '.join(flags)}".rstrip(), *CXX_RULES,
-             f"build afw_layer.o: compile {escape(ROOT / 'csrc' / 'torch' / 'afw_layer.cpp')}",
-             f"build {escape(library)}: link afw_layer.o",
+             *(f"build {source.stem}.o: compile {escape(source)}" for source in sources),
+             f"build {escape(library)}: link {' '.join(f'{source.stem}.o' for source in sources)}",
              # Found by name among what `import torch` has loaded.
              f"  libraries = -L{escape(torch / 'lib')} -lc10 -ltorch_cpu -ltorch_python"]
     return "\n".join(rules) + "\n", {"compiler": version_line(compiler), "torch": found.group(1) if found else "unknown",

@@ -1,7 +1,7 @@
-"""A layer of AFW on the CPU in one call: `lib/libada2i_torch.so` (csrc/torch) checks, brings memory, calls the library and makes the node of
-autograd's graph.
+"""A layer of AFW, or the layers of an encoder, on the CPU in one call: `lib/libada2i_torch.so` (csrc/torch) checks, brings memory, calls the
+library and makes the nodes of autograd's graph.
 
-In Python, which `ops.afw_layer` is, that takes as long as ten short dialogues' arithmetic, and longer where arithmetic has emptied the caches.
+In Python, which `ops` is, that takes as long as ten short dialogues' arithmetic, and longer where arithmetic has emptied the caches.
 The library is built for one version of torch and of Python; where others run, or what it is given is not plain, Python does the same.
 """
 
@@ -20,10 +20,10 @@ from . import PATH as CPU_PATH
 from . import address, flush
 from . import why_not as why_no_library
 
-__all__ = ["afw_layer", "why_not"]
+__all__ = ["afw_layer", "encoder_layers", "why_not"]
 
 PATH = CPU_PATH.with_name("libada2i_torch.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 @functools.cache
@@ -43,9 +43,8 @@ def _load() -> ModuleType | str:
         backends.check_version(module.ABI_VERSION, ABI_VERSION)
     except (ImportError, RuntimeError) as error:
         return f"{PATH.name} does not load: {error}"
-    from ..ops.afw_layer import differentiable      # which imports this file
-
-    module.use(address("ada2i_tensor_ring_forward"), address("ada2i_tensor_ring_backward"), torch.nn.Parameter, differentiable)
+    ops = {name: importlib.import_module(f"..ops.{name}", __package__) for name in ("afw_layer", "encoder_layer")}      # which import this file
+    module.use(address, torch.nn.Parameter, plan=ops["encoder_layer"].plan, **{name: op.differentiable for name, op in ops.items()})
     return module
 
 
@@ -57,8 +56,18 @@ def why_not() -> str | None:
 def afw_layer(*arguments: object) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
     """x, offsets, the six kinds of parameters, ring, scale, beta, dropout, seed, gated_target, reduction and with_loss, as `ops.afw_layer`
     takes them; its result, or None where these are for Python."""
+    return _called("afw_layer", arguments)
+
+
+def encoder_layers(*arguments: object) -> torch.Tensor | None:
+    """x, lengths, layers, heads, p, eps, seed, stream and out, as `ops.encoder_layers` takes them; its result, or None where these are for
+    Python, which is also where products have still to be measured."""
+    return _called("encoder_layers", arguments)
+
+
+def _called(name: str, arguments: tuple) -> object:
     module = _load()
     if isinstance(module, str):
         return None
     flush()
-    return module.afw_layer(*arguments)
+    return getattr(module, name)(*arguments)

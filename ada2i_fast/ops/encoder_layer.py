@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends, cpu
+from ..cpu import node
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
-from .linear import KEPT, Branch, branch, here, linear, product_backward, product_dtype, product_forward
+from .linear import KEPT, Branch, branch, here, linear, planned, product_backward, product_dtype, product_forward
 
 __all__ = ["encoder_layer", "encoder_layers"]
 
@@ -227,15 +228,27 @@ class _EncoderLayer(torch.autograd.Function):
             return (None,) * 16
         lengths, where, heads, p, eps, seed, stream, dtype, backend = ctx.settings
         saved, device = [*ctx.saved_tensors], grad.device
-        if torch.is_grad_enabled():                             # create_graph=True: a backend has no derivative, the ops have all
-            with _as_forward(device.type, dtype):
-                return None, None, None, *gradients_through(
-                    lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto")], saved[:13], [grad])
+        if torch.is_grad_enabled():                             # create_graph=True
+            return None, None, None, *differentiable(saved[:13], lengths, heads, p, eps, seed, stream, dtype, grad, backend)
         ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved
         autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
         with autocast, cpu.together() if backend == "cpu" else contextlib.nullcontext(), branch(device) as beside:
             found = _backward(grad, ctx.needs_input_grad[3:], saved, where, heads, p, seed, stream, backend, beside)
         return None, None, None, *found
+
+
+def differentiable(tensors: Sequence[Tensor], lengths: Sequence[int] | DialogueOffsets, heads: int, p: float, eps: Sequence[float],
+                   seed: Tensor | None, stream: int, dtype: torch.dtype, grad: Tensor, backend: str = "cpu") -> list[Tensor | None]:
+    """The gradients of x and a layer's parameters, with derivatives of their own: a backend has none, the ops have all."""
+    with _as_forward(grad.device.type, dtype):
+        return gradients_through(
+            lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto")], tensors, [grad])
+
+
+def plan(dtype: torch.dtype, rows: int, width: int, inside: int, outputs: int, gradients: bool) -> tuple[int, ...] | None:
+    """`linear.planned` for W_qkv, W_o, W_1, W_2 and, unless outputs is 0, what `out` brings."""
+    shapes = ((width, 3 * width, True), (width, width, False), (width, inside, False), (inside, width, False), (width, outputs, True))
+    return planned(dtype, rows, shapes[:5 if outputs else 4], gradients)
 
 
 # ----------------------------------------------------------------------------------------------------------- the functions
@@ -255,6 +268,10 @@ def encoder_layers(x: Tensor, lengths: Sequence[int] | DialogueOffsets, layers: 
     passed on to attention and dropout, which raise where it cannot serve. Under autocast the products and their results are in its
     dtype; x, z and the statistics keep the dtype of x. Gradients come in the dtypes of what they belong to.
     """
+    if backend == "auto" and not torch.compiler.is_compiling():
+        found = node.encoder_layers(x, lengths, layers, heads, p, eps, seed, stream, out)
+        if found is not None:
+            return found
     if x.dim() != 2:
         raise ValueError(f"x: expected [N, d], got {list(x.shape)}")
     if not 0.0 <= p < 1.0:

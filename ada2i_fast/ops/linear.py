@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from .. import backends, cpu
 
-__all__ = ["KEPT", "Branches", "branch", "here", "linear", "product_backward", "product_dtype", "product_forward"]
+__all__ = ["KEPT", "Branches", "branch", "here", "linear", "planned", "product_backward", "product_dtype", "product_forward"]
 
 # oneDNN compiles a primitive for every shape and keeps 1,024 of them. A step has some 80 products, and packed batches have a number of
 # rows each: beyond a dozen different ones every product would be compiled anew. oneDNN reads the variable at its first product.
@@ -44,7 +44,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 LIBRARIES = ("mkl", "onednn", "native", "auto")
 _SMALL = 1 << 19                 # multiply-adds below which the choice does not matter
 
-_chosen: dict[tuple, str] = {}   # (product, rows as a power of two, inputs, outputs, threads, ..) -> library
+_chosen: dict[tuple, Any] = {}   # (product, rows as a power of two, inputs, outputs, threads, ..) -> library; ("planned", ..) -> their codes
 
 
 @functools.cache
@@ -137,38 +137,44 @@ def _product(kind: str, library: str, x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _choose(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> str:
-    library = _library() if x.dtype == torch.float32 else "mkl"
-    if library == "native" and kind == "weight":                # `_parameters` has taken the package's own, or must not
-        library = "auto"
-    if library == "auto":
-        (rows, inputs), outputs = x.shape, weight.shape[0]
-        if rows * inputs * outputs < _SMALL:
-            library = "mkl"
-        else:
-            # The batch is the dimension that changes from step to step: in g_W it is the one summed over.
-            if kind == "weight":
-                rows, inputs = inputs, rows
-            key = (kind, rows.bit_length(), inputs, outputs, torch.get_num_threads())
-            library = _chosen.get(key)
-            if library is None:
-                runs = {name: run for name, run in _RUN[kind].items()
-                        if name == "mkl" or name == "onednn" and not why_no_onednn() or name == "native" and _own_is_fast(x)}
-                library = _chosen[key] = _measure(runs, x, weight, bias, relu) if len(runs) > 1 else "mkl"
-    if library == "native" and not _may_take_own(x):            # ADA2I_FAST_BACKEND has the last word
-        library = "mkl"
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    if kind == "weight":
+        rows, inputs = inputs, rows
+    library, key = _known(kind, x.dtype, rows, inputs, outputs)
+    if library is None:
+        runs = {name: run for name, run in _RUN[kind].items()
+                if name == "mkl" or name == "onednn" and not why_no_onednn() or name == "native" and _own_is_fast(x.dtype)}
+        library = _chosen[key] = _measure(runs, x, weight, bias, relu) if len(runs) > 1 else "mkl"
     return library
 
 
-def _may_take_own(x: Tensor) -> str | None:
+def _known(kind: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> tuple[str | None, tuple | None]:
+    """The library, or None with the key in `_chosen` of one that has still to be measured. rows: the batch, the dimension that changes from step
+    to step; in g_W it is the one summed over."""
+    library, key = _library() if dtype == torch.float32 else "mkl", None
+    if library == "native" and kind == "weight":                # `_parameters` has taken the package's own, or must not
+        library = "auto"
+    if library == "auto":
+        if rows * inputs * outputs < _SMALL:
+            library = "mkl"
+        else:
+            key = (kind, rows.bit_length(), inputs, outputs, torch.get_num_threads())
+            library = _chosen.get(key)
+    if library == "native" and not _may_take_own(dtype):        # ADA2I_FAST_BACKEND has the last word
+        library = "mkl"
+    return library, key
+
+
+def _may_take_own(dtype: torch.dtype) -> str | None:
     """"auto" or "native" where this package's own products come into question."""
     library = _library()
-    return library if library in ("auto", "native") and backends.best("linear", "cpu", x.dtype, x.shape[1]) == "cpu" else None
+    return library if library in ("auto", "native") and backends.best("linear", "cpu", dtype, 1) == "cpu" else None
 
 
-def _own_is_fast(x: Tensor) -> bool:
+def _own_is_fast(dtype: torch.dtype) -> bool:
     """Whether "auto" times them: without instructions for the dtype the tier is not worth the measurement."""
     tiers = {torch.float32: cpu.FLOAT32_TIERS, torch.bfloat16: cpu.BF16_TIERS}
-    return x.dtype in tiers and _may_take_own(x) is not None and cpu.tier() in tiers[x.dtype]
+    return dtype in tiers and _may_take_own(dtype) is not None and cpu.tier() in tiers[dtype]
 
 
 def _measure(runs: dict[str, Callable], *arguments, other: Tensor | None = None) -> str:
@@ -198,16 +204,24 @@ _PARAMETERS: dict[str, Callable[..., list[Tensor]]] = {"torch": _parameters_torc
 
 def _parameters(grad: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     """g_W and, with `bias`, g_b, in float32, by the faster way at this size, as `_product`."""
-    name = "torch"
-    if library := _may_take_own(x):
-        (rows, inputs), outputs, name = x.shape, grad.shape[1], "native"
-        if library == "auto" and (x.dtype == torch.float32 or rows * inputs * outputs >= _SMALL):
-            key = ("parameters", rows.bit_length(), inputs, outputs, torch.get_num_threads(), grad.dtype, bias)
-            name = _chosen.get(key)
-            if name is None:
-                tried = rows * inputs * outputs >= _SMALL and (x.dtype != torch.float32 or _own_is_fast(x))
-                name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias) if tried else "torch"
+    (rows, inputs), outputs = x.shape, grad.shape[1]
+    name, key = _parameters_known(x.dtype, rows, inputs, outputs, bias)
+    if name is None:
+        name = _chosen[key] = _measure(_PARAMETERS, grad, x, bias)
     return _PARAMETERS[name](grad, x, bias)
+
+
+def _parameters_known(dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool) -> tuple[str | None, tuple | None]:
+    """As `_known`."""
+    library = _may_take_own(dtype)
+    if library != "auto":
+        return library or "torch", None
+    if rows * inputs * outputs < _SMALL:
+        return "torch" if dtype == torch.float32 else "native", None
+    key = ("parameters", rows.bit_length(), inputs, outputs, torch.get_num_threads(), dtype, bias)
+    if key not in _chosen and dtype == torch.float32 and not _own_is_fast(dtype):
+        _chosen[key] = "torch"
+    return _chosen.get(key), key
 
 
 def _rounding_torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -227,19 +241,57 @@ _ROUNDING: dict[str, Callable[..., Tensor]] = {"torch": _rounding_torch, "native
 
 def _packs_itself(x: Tensor, weight: Tensor) -> bool:
     """Whether the products of bf16 x with a float32 weight, which round it, are this package's own."""
-    if x.is_cuda or x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or not (library := _may_take_own(x)):
+    if x.is_cuda or weight.dtype != torch.float32:
         return False
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    if library == "native":
-        return True
-    if rows * inputs * outputs < _SMALL:
-        return False
-    key = ("rounding", rows.bit_length(), inputs, outputs, torch.get_num_threads())
-    name = _chosen.get(key)
+    name, key = _rounding_known(x.dtype, *x.shape, weight.shape[0])
     if name is None:
         # A step finds the weight in memory; of two runs in a row the second one would not, and a cast would seem to cost little.
-        name = _chosen[key] = _measure(_ROUNDING, x, weight, other=torch.zeros(1 << 23)) if _own_is_fast(x) else "torch"
+        name = _chosen[key] = _measure(_ROUNDING, x, weight, other=torch.zeros(1 << 23))
     return name == "native"
+
+
+def _rounding_known(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> tuple[str | None, tuple | None]:
+    """As `_known`."""
+    library = _may_take_own(dtype) if dtype == torch.bfloat16 else None
+    if library != "auto":
+        return library or "torch", None
+    if rows * inputs * outputs < _SMALL:
+        return "torch", None
+    key = ("rounding", rows.bit_length(), inputs, outputs, torch.get_num_threads())
+    if key not in _chosen and not _own_is_fast(dtype):
+        _chosen[key] = "torch"
+    return _chosen.get(key), key
+
+
+_CODES = {"mkl": 0, "torch": 0, "onednn": 1, "native": 2}      # as csrc/torch/encoder_layers.cpp has them
+_ROUNDS = 3
+
+
+def planned(dtype: torch.dtype, rows: int, shapes: Sequence[tuple[int, int, bool]], gradients: bool) -> tuple[int, ...] | None:
+    """Whose the products in `dtype` with float32 weights are that `product_forward` and `product_backward` would take: for each of shapes (inputs,
+    outputs, whether g_b is wanted) a code for y, g_x and g_W; None where one has still to be measured. gradients: whether the last two count."""
+    key = ("planned", dtype, rows, shapes, gradients, torch.get_num_threads(), os.environ.get("ADA2I_FAST_LINEAR"),
+           os.environ.get("ADA2I_FAST_BACKEND"))
+    if key not in _chosen:
+        found = [code for shape in shapes for code in _codes(dtype, rows, *shape, gradients)]
+        if None in found:
+            return None
+        _chosen[key] = tuple(found)
+    return _chosen[key]
+
+
+def _codes(dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, gradients: bool) -> Sequence[int | None]:
+    rounds = _rounding_known(dtype, rows, inputs, outputs)[0]
+    forward = _known("forward", dtype, rows, inputs, outputs)[0]
+    forward = input_gradient = _ROUNDS if rounds == "native" else rounds and _CODES.get(forward)
+    if not gradients:
+        return forward, 0, 0
+    if rounds != "native":
+        input_gradient = rounds and _CODES.get(_known("input", dtype, rows, outputs, inputs)[0])
+    weight = _parameters_known(dtype, rows, inputs, outputs, bias)[0]
+    if weight == "torch":
+        weight = _known("weight", dtype, rows, outputs, inputs)[0]
+    return forward, input_gradient, _CODES.get(weight)
 
 
 KEPT = 5                         # what `product_forward` keeps, as flat as autograd saves tensors

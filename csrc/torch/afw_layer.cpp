@@ -1,40 +1,15 @@
-// A layer of AFW on a CPU without Python between libada2i_cpu and torch: checks, memory, the call, and its node in autograd's graph.
-//
-// It does what ada2i_fast/ops/afw_layer.py and ada2i_fast/cpu/afw_layer.py do for plain tensors, and declines everything else: then Python
-// decides, and words the errors. Built against one version of torch and of Python, and left out where another runs.
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/utils/pybind.h>
+// A layer of AFW on a CPU without Python between libada2i_cpu and torch: checks, memory, the call, and its node in autograd's graph, as
+// ada2i_fast/ops/afw_layer.py and ada2i_fast/cpu/afw_layer.py have them.
+#include "common.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/randint.h>
 #include <ATen/ops/zeros_like.h>
-#include <ATen/record_function.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-
-#include "../cpu/ada2i_cpu.h"
-
+namespace ada2i {
 namespace {
 
-using at::Tensor;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-
 constexpr int64_t kModalities = 8, kRank = 32, kPer = 13, kParameters = 12;
-using Call = int (*)(const void*, int64_t);
-Call tensor_ring_forward, tensor_ring_backward;
-PyTypeObject* parameter_class;
+Function tensor_ring_forward{"ada2i_tensor_ring_forward"}, tensor_ring_backward{"ada2i_tensor_ring_backward"};
 PyObject* second_order;
-c10::DispatchKeySet plain_keys;
 
 struct Layer {
   int64_t m, rank, rows, dialogues, gated;
@@ -46,25 +21,10 @@ struct Layer {
 
 at::ScalarType accumulator(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
-int64_t code(at::ScalarType t) {
-  return t == at::kFloat ? ADA2I_FLOAT32 : t == at::kDouble ? ADA2I_FLOAT64 : t == at::kBFloat16 ? ADA2I_BFLOAT16 : ADA2I_FLOAT16;
-}
-
-// A strided CPU tensor that nobody wraps, and no inference or fake tensor.
-bool plain(PyObject* object) {
-  if (Py_TYPE(object) != parameter_class && !THPVariable_CheckExact(object)) return false;
-  const Tensor& t = THPVariable_Unpack(object);
-  return t.key_set() == plain_keys && t.is_contiguous() && !t._fw_grad(0).defined();
-}
-
-void run(Call function, const char* name, const Layer& layer, const Tensor& offsets, const Tensor& seed, void* loss, void* const* tensors) {
-  RECORD_USER_SCOPE(name);
-  TensorRing args{code(layer.dtype), at::get_num_threads(), layer.m, layer.rows, layer.dialogues, layer.rank, layer.gated,
-                  code(layer.parameters), layer.scale, layer.beta, layer.dropout, layer.widths, layer.ring, offsets.const_data_ptr<int64_t>(),
-                  seed.defined() ? seed.const_data_ptr<int64_t>() : nullptr, loss ? layer.coefficient : nullptr, loss, tensors};
-  const int status = function(&args, sizeof args);
-  TORCH_CHECK(status != 2, name, ": libada2i_cpu.so was built from other sources: build it again (pip install -e .)");
-  if (status) throw std::bad_alloc();
+void call(const Function& function, const Layer& layer, const Tensor& offsets, const Tensor& seed, void* loss, void* const* tensors) {
+  run(function, TensorRing{code(layer.dtype), at::get_num_threads(), layer.m, layer.rows, layer.dialogues, layer.rank, layer.gated,
+                           code(layer.parameters), layer.scale, layer.beta, layer.dropout, layer.widths, layer.ring,
+                           offsets.const_data_ptr<int64_t>(), address(seed), loss ? layer.coefficient : nullptr, loss, tensors});
 }
 
 // Where in the state each modality's projections, means, attentions and signs begin, kind by kind; returns where it ends. In bytes.
@@ -89,8 +49,6 @@ struct Pointers {
   void nulls(int64_t n) { while (n--) list[count++] = nullptr; }
 };
 
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
-
 // M outputs; with a loss that and the state for backward. tensors: x and the parameters, 13M.
 variable_list forward(const Layer& layer, const variable_list& tensors, const Tensor& offsets, const Tensor& seed) {
   const int64_t m = layer.m;
@@ -103,7 +61,7 @@ variable_list forward(const Layer& layer, const variable_list& tensors, const Te
   p.nulls(m);
   if (!layer.with_loss) {
     p.nulls(3 * m);
-    run(tensor_ring_forward, "ada2i_tensor_ring_forward", layer, offsets, seed, nullptr, p.list);
+    call(tensor_ring_forward, layer, offsets, seed, nullptr, p.list);
     return out;
   }
   int64_t at[4 * kModalities];
@@ -112,7 +70,7 @@ variable_list forward(const Layer& layer, const variable_list& tensors, const Te
   for (int64_t i = 0; i < 3 * m; ++i) p.add(base + at[i]);
   for (int64_t i = 11 * m; i < kPer * m; ++i) p.add(tensors[i]);
   for (int64_t i = 3 * m; i < 4 * m; ++i) p.add(base + at[i]);
-  run(tensor_ring_forward, "ada2i_tensor_ring_forward", layer, offsets, seed, loss.data_ptr(), p.list);
+  call(tensor_ring_forward, layer, offsets, seed, loss.data_ptr(), p.list);
   out.push_back(std::move(loss));
   out.push_back(std::move(state));
   return out;
@@ -166,7 +124,7 @@ variable_list backward(const Layer& layer, const variable_list& tensors, const T
     for (int64_t i = 3 * m; i < 4 * m; ++i) p.add(base + at[i]);
     for (int64_t i = 10 * m; i < 12 * m; ++i) p.add(to + starts[i] * size);
   }
-  run(tensor_ring_backward, "ada2i_tensor_ring_backward", layer, offsets, seed, loss ? grad_loss.data_ptr() : nullptr, p.list);
+  call(tensor_ring_backward, layer, offsets, seed, loss ? grad_loss.data_ptr() : nullptr, p.list);
   for (int64_t i = 0; i < wanted; ++i) found.push_back(part(flat, starts[i], tensors[m + i].sizes()));
   found.resize(kPer * m);
   return found;
@@ -176,20 +134,14 @@ py::tuple settings(const Layer& layer, const Tensor& seed) {
   py::list ring, coefficient;
   for (int64_t i = 0; i < layer.m * (layer.m - 1); ++i) ring.append(layer.ring[i]);
   for (int64_t j = 0; j < layer.m; ++j) coefficient.append(layer.coefficient[j]);
-  return py::make_tuple(ring, layer.scale, layer.beta, layer.dropout, seed.defined() ? py::cast(seed) : py::none(), bool(layer.gated), coefficient);
+  return py::make_tuple(ring, layer.scale, layer.beta, layer.dropout, seed_or_none(seed), bool(layer.gated), coefficient);
 }
 
-struct AFWLayerBackward : torch::autograd::Node {
+struct AFWLayerBackward : SavingNode {      // saves x and the parameters, offsets, the seed, the state
   Layer layer;
-  std::vector<SavedVariable> saved;      // x and the parameters, offsets, the seed, the state
 
   variable_list apply(variable_list&& grads) override {
-    variable_list tensors;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tensors.reserve(saved.size());
-      for (auto& s : saved) tensors.push_back(s.unpack());
-    }
+    variable_list tensors = unpack();
     const auto last = [&] {
       Tensor t = std::move(tensors.back());
       tensors.pop_back();
@@ -197,55 +149,12 @@ struct AFWLayerBackward : torch::autograd::Node {
     };
     const Tensor state = last(), seed = last(), offsets = last();
     if (!at::GradMode::is_enabled()) return backward(layer, tensors, offsets, seed, state, grads);
-    // create_graph=True: the library has no derivative, the algebra has all.
     py::gil_scoped_acquire gil;
-    try {
-      py::object result = py::reinterpret_borrow<py::object>(second_order)(tensors, offsets, settings(layer, seed), grads);
-      variable_list found;
-      for (auto item : result) found.push_back(item.is_none() ? Tensor() : py::cast<Tensor>(item));
-      return found;
-    } catch (py::error_already_set& error) {      // autograd hands on torch's kind alone as it is
-      error.restore();
-      python_error own;
-      own.persist();
-      throw own;
-    }
-  }
-
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& s : saved) s.reset_data();
+    return ask_python(second_order, tensors, offsets, settings(layer, seed), grads);
   }
 
   std::string name() const override { return "AFWLayerBackward"; }
 };
-
-template <typename Pointer>
-Pointer make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
-    return Pointer(new AFWLayerBackward, [](auto* node) { deleteNode(node); });
-  else
-    return c10::make_intrusive<AFWLayerBackward>();
-}
-using NodePointer = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
-
-// A list or a tuple, item by item; anything else has size -1.
-struct Items {
-  PyObject* object;
-  explicit Items(py::handle h) : object(h.ptr()) {}
-  int64_t size() const { return PyList_Check(object) || PyTuple_Check(object) ? PySequence_Fast_GET_SIZE(object) : -1; }
-  PyObject* operator[](int64_t i) const { return PySequence_Fast_GET_ITEM(object, i); }
-};
-
-bool read_numbers(py::handle scale, py::handle beta, py::handle dropout, py::handle gated, Layer& layer) {
-  layer.scale = PyFloat_AsDouble(scale.ptr());
-  if (!PyErr_Occurred()) layer.beta = PyFloat_AsDouble(beta.ptr());
-  if (!PyErr_Occurred()) layer.dropout = PyFloat_AsDouble(dropout.ptr());
-  if (!PyErr_Occurred()) layer.gated = PyObject_IsTrue(gated.ptr());
-  const bool failed = PyErr_Occurred();
-  PyErr_Clear();
-  return !failed && layer.dropout >= 0 && layer.dropout < 1;
-}
 
 // x and the parameters, 13M tensors, if all are `plain`.
 bool take(const Items& x, const Items& kinds, variable_list& tensors) {
@@ -262,10 +171,6 @@ bool take(const Items& x, const Items& kinds, variable_list& tensors) {
     }
   }
   return true;
-}
-
-bool has_shape(const Tensor& t, int64_t first, int64_t second) {      // second: 0 for a vector
-  return t.dim() == (second ? 2 : 1) && t.size(0) == first && (!second || t.size(1) == second);
 }
 
 // Sizes and dtypes into `layer`, if they fit each other and the library.
@@ -300,17 +205,12 @@ bool describe(const variable_list& tensors, const Tensor& offsets, Layer& layer)
 
 bool read_ring(const Items& ring, Layer& layer) {
   if (ring.size() != layer.m) return false;
+  int64_t* to = layer.ring;
   for (int64_t j = 0; j < layer.m; ++j) {
     const Items others(ring[j]);
     if (others.size() != layer.m - 1) return false;
-    for (int64_t i = 0; i < layer.m - 1; ++i) {
-      const long l = PyLong_Check(others[i]) ? PyLong_AsLong(others[i]) : -1;
-      if (l < 0 || l >= layer.m) {
-        PyErr_Clear();
-        return false;
-      }
-      layer.ring[j * (layer.m - 1) + i] = l;
-    }
+    for (int64_t i = 0; i < layer.m - 1; ++i, ++to)
+      if (!read(others[i], *to) || *to < 0 || *to >= layer.m) return false;
   }
   return true;
 }
@@ -328,14 +228,6 @@ bool coefficients(py::handle reduction, Layer& layer) {
   return true;
 }
 
-// Whether nobody wants to see what happens, and no other backend is asked for.
-bool undisturbed() {
-  const char* forced = std::getenv("ADA2I_FAST_BACKEND");
-  return (!forced || !*forced || !std::strcmp(forced, "auto") || !std::strcmp(forced, "cpu")) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 // The arguments of ops.afw_layer; (M outputs, loss or None), or None.
 py::object afw_layer(py::handle x, py::handle offsets_, py::handle kinds, py::handle ring, py::handle scale, py::handle beta,
                      py::handle dropout, py::handle seed_, py::handle gated_target, py::handle reduction, bool with_loss) {
@@ -344,20 +236,15 @@ py::object afw_layer(py::handle x, py::handle offsets_, py::handle kinds, py::ha
   if (!undisturbed() || !take(Items(x), Items(kinds), tensors) || !plain(offsets_.ptr())) return py::none();
   const Tensor& offsets = THPVariable_Unpack(offsets_.ptr());
   if (!describe(tensors, offsets, layer) || !read_ring(Items(ring), layer) || !coefficients(reduction, layer) ||
-      !read_numbers(scale, beta, dropout, gated_target, layer))
+      !read(scale, layer.scale) || !read(beta, layer.beta) || !read(dropout, layer.dropout) || !(layer.dropout >= 0 && layer.dropout < 1))
     return py::none();
+  layer.gated = gated_target.ptr() == Py_True;
+  if (!layer.gated && gated_target.ptr() != Py_False) return py::none();
   layer.with_loss = with_loss;
-  const bool graph = at::GradMode::is_enabled() &&
-                     std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
+  const bool graph = wants_graph(tensors);
   if (graph && !with_loss) return py::none();
   Tensor seed;
-  if (layer.dropout > 0 && seed_.is_none()) {
-    seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::TensorOptions().dtype(at::kLong));
-  } else if (layer.dropout > 0) {
-    if (!plain(seed_.ptr())) return py::none();
-    seed = THPVariable_Unpack(seed_.ptr());
-    if (seed.scalar_type() != at::kLong || seed.numel() != 1) return py::none();
-  }
+  if (!read_seed(seed_, layer.dropout, seed)) return py::none();
 
   variable_list out;
   {
@@ -366,13 +253,11 @@ py::object afw_layer(py::handle x, py::handle offsets_, py::handle kinds, py::ha
     Tensor state = with_loss ? out.back() : Tensor();
     if (with_loss) out.pop_back();
     if (graph) {
-      auto pointer = make_node<NodePointer>();
+      auto pointer = make_node<AFWLayerBackward>(tensors);
       auto* node = static_cast<AFWLayerBackward*>(pointer.get());
-      node->set_next_edges(torch::autograd::collect_next_edges(tensors));
       node->layer = layer;
       node->saved.reserve(tensors.size() + 3);
-      for (auto& t : tensors) node->saved.emplace_back(t, false);
-      for (auto& t : {offsets, seed, state}) node->saved.emplace_back(t, false);
+      node->save({tensors, {offsets, seed, state}});
       for (auto& t : out) torch::autograd::set_history(t, pointer);
     }
   }
@@ -383,16 +268,9 @@ py::object afw_layer(py::handle x, py::handle offsets_, py::handle kinds, py::ha
 
 }  // namespace
 
-PYBIND11_MODULE(ada2i_torch, module) {
-  module.attr("ABI_VERSION") = 1;
-  // Addresses of the library's functions; torch.nn.Parameter; what calculates gradients with a graph of their own.
-  module.def("use", [](uintptr_t forward, uintptr_t backward, py::object parameter, py::object second) {
-    tensor_ring_forward = reinterpret_cast<Call>(forward);
-    tensor_ring_backward = reinterpret_cast<Call>(backward);
-    parameter_class = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
-    second_order = second.release().ptr();
-    const c10::InferenceMode off(false);          // whose tensors are others
-    plain_keys = at::detail::empty_cpu({0}, at::kFloat).key_set();
-  });
+Brought bring_afw_layer(py::module& module) {
   module.def("afw_layer", torch::wrap_pybind_function(afw_layer));
+  return {{&tensor_ring_forward, &tensor_ring_backward}, {{"afw_layer", &second_order}}};
 }
+
+}  // namespace ada2i

@@ -1,0 +1,466 @@
+// Transformer layers of an encoder on a CPU without Python between libada2i_cpu and torch, a node of autograd's graph each, and the linear map
+// behind them, as ada2i_fast/ops/encoder_layer.py and ada2i_fast/ops/linear.py have them, with the products by the libraries that the latter
+// has found to be the fastest.
+#include "common.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <array>
+
+namespace ada2i {
+namespace {
+
+Function linear_forward{"ada2i_linear_forward"}, linear_input{"ada2i_linear_input"}, linear_backward{"ada2i_linear_backward"},
+    relu_dropout_forward{"ada2i_relu_dropout_forward"}, relu_dropout_backward{"ada2i_relu_dropout_backward"},
+    dropout_norm_forward{"ada2i_dropout_norm_forward"}, dropout_norm_backward{"ada2i_dropout_norm_backward"},
+    attention_forward{"ada2i_dialogue_attention_forward"}, attention_backward{"ada2i_dialogue_attention_backward"};
+PyObject *second_order, *plan;
+
+constexpr int kParameters = 12;
+enum Parameter { kQkvWeight, kQkvBias, kOutWeight, kOutBias, kNorm1Weight, kNorm1Bias, kWeight1, kBias1, kWeight2, kBias2, kNorm2Weight, kNorm2Bias };
+
+// Whose product it is, as ops.linear.plan says: torch's own, oneDNN's, this package's, or its of a float weight that it rounds to the 16 bits of x.
+enum By { kTorch, kOneDNN, kNative, kRounds };
+struct Product { int64_t forward, input, weight; };
+enum { kQkv, kOut, kOne, kTwo, kLast, kProducts };
+
+struct Stack {      // what the layers of an encoder have in common
+  int64_t rows, width, inside, heads, outputs = 0;
+  double p;
+  at::ScalarType dtype;      // of the products
+  std::array<Product, kProducts> by;
+  std::vector<int64_t> starts;      // of dialogues, and where the last one ends
+};
+
+struct Layer {
+  std::shared_ptr<const Stack> stack;
+  int64_t stream;
+  double eps[2];
+};
+
+// Neither autograd nor autocast: what is to be rounded is rounded here.
+struct Below {
+  at::AutoDispatchBelowAutograd autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+// -------------------------------------------------------------------------------------------------------------------- products
+
+Tensor onednn(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  // Private to torch, so without a C++ signature to hold on to; Python has tried it.
+  static const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
+  torch::jit::Stack stack{x, weight, bias.defined() ? c10::IValue(bias) : c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), ""};
+  op.callBoxed(stack);
+  return std::move(stack.front()).toTensor();
+}
+
+void call_linear(const Function& function, const Tensor& x, int64_t inputs, int64_t outputs, void* const* tensors, bool relu = false, double p = 0,
+                 const Tensor& seed = {}, int64_t stream = 0) {
+  run(function, Linear{code(x.scalar_type()), at::get_num_threads(), x.size(0), inputs, outputs, relu, stream, p, p ? address(seed) : nullptr, tensors});
+}
+
+void* pointer(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+Tensor native(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu = false, double p = 0, const Tensor& seed = {}, int64_t stream = 0) {
+  Tensor y = empty({x.size(0), weight.size(0)}, x.scalar_type());
+  void* tensors[] = {pointer(x), pointer(weight), pointer(bias), pointer(y)};
+  call_linear(linear_forward, x, weight.size(1), weight.size(0), tensors, relu, p, seed, stream);
+  return y;
+}
+
+// x W^T + b; of 16 bits, x and, unless it `kRounds`, the weight are rounded already.
+Tensor product(int64_t by, const Tensor& x, const Tensor& weight, const Tensor& bias = {}) {
+  if (by >= kNative) return native(x, weight, bias);
+  const Tensor rounded = bias.defined() ? bias.to(x.scalar_type()) : bias;
+  return by == kOneDNN ? onednn(x, weight, rounded) : at::linear(x, weight, rounded);
+}
+
+// g W in float; added to `into`, if there is one.
+Tensor input_gradient(int64_t by, const Tensor& g, const Tensor& weight, const Tensor& into = {}) {
+  Tensor found;
+  if (by >= kNative) {
+    const bool adds = into.defined() && g.scalar_type() == at::kFloat;
+    found = adds ? into : empty({g.size(0), weight.size(1)}, g.scalar_type());
+    void* tensors[] = {pointer(g), pointer(weight), adds ? pointer(into) : nullptr, pointer(found)};
+    call_linear(linear_input, g, weight.size(1), weight.size(0), tensors);
+    if (adds) return found;
+  } else {
+    found = by == kOneDNN ? onednn(g, weight.t(), {}) : at::mm(g, weight);
+  }
+  return into.defined() ? into.add_(found) : found;
+}
+
+// g^T x and, where it is asked for, the sum of g's rows, in float.
+Tensor weight_gradient(int64_t by, const Tensor& g, const Tensor& x, Tensor* bias = nullptr) {
+  if (by == kNative) {
+    Tensor found = empty({g.size(1), x.size(1)}, at::kFloat);
+    if (bias) *bias = empty({g.size(1)}, at::kFloat);
+    void* tensors[] = {pointer(g), pointer(x), pointer(found), bias ? pointer(*bias) : nullptr};
+    call_linear(linear_backward, x, x.size(1), g.size(1), tensors);
+    return found;
+  }
+  if (bias) *bias = at::sum(g, 0, false, at::kFloat);
+  return (by == kOneDNN ? onednn(g.t(), x.t(), {}) : at::mm(g.t(), x)).to(at::kFloat);
+}
+
+// ----------------------------------------------------------------------------------------------------------- the rest of a layer
+
+void call_dropout(const Function& function, const Stack& s, const Tensor& x, const Tensor& seed, int64_t stream, double eps, void* const* tensors) {
+  run(function, DropoutFused{code(x.scalar_type()), at::get_num_threads(), x.size(0), x.size(1), stream, s.p, eps, address(seed), tensors});
+}
+
+struct Norm { Tensor out, mean, rstd; };
+
+Norm norm_forward(const Stack& s, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& weight, const Tensor& norm_bias, double eps,
+                  const Tensor& seed, int64_t stream) {
+  Norm found{empty({s.rows, s.width}, at::kFloat), empty({s.rows}, at::kFloat), empty({s.rows}, at::kFloat)};
+  void* tensors[] = {pointer(x), pointer(bias), pointer(residual), pointer(weight), pointer(norm_bias), pointer(found.out), pointer(found.mean),
+                     pointer(found.rstd)};
+  call_dropout(dropout_norm_forward, s, x, seed, stream, eps, tensors);
+  return found;
+}
+
+struct NormGradients { Tensor x, bias, residual, weight, norm_bias; };
+
+NormGradients norm_backward(const Stack& s, const Tensor& g, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& weight,
+                            const Tensor& mean, const Tensor& rstd, const Tensor& seed, int64_t stream) {
+  const auto row = [&] { return empty({s.width}, at::kFloat); };
+  NormGradients found{empty({s.rows, s.width}, x.scalar_type()), row(), empty({s.rows, s.width}, at::kFloat), row(), row()};
+  void* tensors[] = {pointer(x), pointer(bias), pointer(residual), pointer(weight), pointer(mean), pointer(rstd), pointer(g), pointer(found.x),
+                     pointer(found.bias), pointer(found.residual), pointer(found.weight), pointer(found.norm_bias)};
+  call_dropout(dropout_norm_backward, s, x, seed, stream, 0, tensors);
+  return found;
+}
+
+void call_attention(const Function& function, const Layer& layer, const Tensor& qkv, const Tensor& seed, void* const* tensors) {
+  const Stack& s = *layer.stack;
+  const double scale = std::pow(double(s.width / s.heads), -0.5);      // with the bits of Python's **
+  run(function, DialogueAttention{code(qkv.scalar_type()), at::get_num_threads(), s.heads, s.width, int64_t(s.starts.size()) - 1, layer.stream, scale,
+                                  s.p, s.starts.data(), address(seed), tensors});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- a layer
+
+// What backward takes beside x and the parameters. The first five are undefined where nothing is rounded, or the library does it.
+enum Kept { kRoundedQkv, kRoundedOut, kRounded1, kRounded2, kRoundedX, kQkvOut, kMixed, kLogsum, kOuter, kMean1, kRstd1, kRoundedY, kInner, kY,
+            kMean2, kRstd2, kLast_, kKept };
+using State = std::array<Tensor, kKept>;
+
+const Tensor& either(const Tensor& rounded, const Tensor& t) { return rounded.defined() ? rounded : t; }
+
+// z. kept: null where nobody takes it, so that what has served is free.
+Tensor forward(const Layer& layer, const Tensor& x, const Tensor* p, const Tensor& seed, State* kept) {
+  const Stack& s = *layer.stack;
+  const bool rounds = s.dtype != at::kFloat;
+  State state;
+  const auto rounded = [&](const Tensor& t) { return rounds ? t.to(s.dtype) : Tensor(); };
+  const auto weight = [&](int which, int place, int parameter) -> const Tensor& {
+    if (s.by[which].forward != kRounds) state[place] = rounded(p[parameter]);
+    return either(state[place], p[parameter]);
+  };
+  const auto served = [&](std::initializer_list<int> places) {
+    if (!kept)
+      for (int place : places) state[place] = Tensor();
+  };
+  int64_t stream = layer.stream;
+
+  state[kRoundedX] = rounded(x);
+  state[kQkvOut] = product(s.by[kQkv].forward, either(state[kRoundedX], x), weight(kQkv, kRoundedQkv, kQkvWeight), p[kQkvBias]);
+  served({kRoundedX, kRoundedQkv});
+  state[kMixed] = empty({s.rows, s.width}, s.dtype);
+  state[kLogsum] = empty({s.rows, s.heads, 2}, at::kFloat);
+  void* tensors[] = {pointer(state[kQkvOut]), pointer(state[kMixed]), pointer(state[kLogsum])};
+  call_attention(attention_forward, layer, state[kQkvOut], seed, tensors);
+  served({kQkvOut, kLogsum});
+  stream += s.heads;
+
+  state[kOuter] = product(s.by[kOut].forward, state[kMixed], weight(kOut, kRoundedOut, kOutWeight));
+  served({kMixed, kRoundedOut});
+  Norm norm = norm_forward(s, state[kOuter], p[kOutBias], x, p[kNorm1Weight], p[kNorm1Bias], layer.eps[0], seed, stream);
+  state[kY] = norm.out, state[kMean1] = norm.mean, state[kRstd1] = norm.rstd;
+  served({kOuter, kMean1, kRstd1});
+
+  state[kRoundedY] = rounded(state[kY]);
+  const Tensor& y = either(state[kRoundedY], state[kY]);
+  const Tensor& weight1 = weight(kOne, kRounded1, kWeight1);
+  if (s.by[kOne].forward >= kNative) {
+    state[kInner] = native(y, weight1, p[kBias1], true, s.p, seed, stream + 1);
+  } else {
+    Tensor sums = product(s.by[kOne].forward, y, weight1);
+    state[kInner] = empty({s.rows, s.inside}, s.dtype);
+    void* own[] = {pointer(sums), pointer(p[kBias1]), pointer(state[kInner])};
+    call_dropout(relu_dropout_forward, s, sums, seed, stream + 1, 0, own);
+  }
+  served({kRoundedY, kRounded1});
+  state[kLast_] = product(s.by[kTwo].forward, state[kInner], weight(kTwo, kRounded2, kWeight2));
+  served({kInner, kRounded2});
+  norm = norm_forward(s, state[kLast_], p[kBias2], state[kY], p[kNorm2Weight], p[kNorm2Bias], layer.eps[1], seed, stream + 2);
+  state[kMean2] = norm.mean, state[kRstd2] = norm.rstd;
+  if (kept) *kept = std::move(state);
+  return norm.out;
+}
+
+// Gradients of x and the parameters, none from where on no gradient is needed. k: what `forward` kept, given away as it has served.
+variable_list backward(const Layer& layer, Tensor g, const std::array<bool, 1 + kParameters>& needs, const Tensor& x, const Tensor* p,
+                       const Tensor& seed, State& k) {
+  const Stack& s = *layer.stack;
+  variable_list found(1 + kParameters);
+  Tensor* of = &found[1];
+  const auto any = [&](int upto) { return std::any_of(needs.begin(), needs.begin() + upto, [](bool b) { return b; }); };
+  const auto weight = [&](int place, int parameter) -> const Tensor& { return either(k[place], p[parameter]); };
+  const auto served = [&](std::initializer_list<int> places) {
+    for (int place : places) k[place] = Tensor();
+  };
+  const int64_t stream = layer.stream + s.heads;
+
+  NormGradients norm = norm_backward(s, g.contiguous(), k[kLast_], p[kBias2], k[kY], p[kNorm2Weight], k[kMean2], k[kRstd2], seed, stream + 2);
+  served({kLast_, kMean2, kRstd2});
+  of[kBias2] = norm.bias, of[kNorm2Weight] = norm.weight, of[kNorm2Bias] = norm.norm_bias;
+  Tensor g_y = norm.residual;
+  g = any(9) ? input_gradient(s.by[kTwo].input, norm.x, weight(kRounded2, kWeight2)) : Tensor();
+  if (needs[1 + kWeight2]) of[kWeight2] = weight_gradient(s.by[kTwo].weight, norm.x, k[kInner]);
+  if (!g.defined()) return found;
+  served({kRounded2});
+
+  Tensor through = empty({s.rows, s.inside}, s.dtype);
+  of[kBias1] = empty({s.inside}, at::kFloat);
+  void* relu[] = {pointer(g), pointer(k[kInner]), pointer(through), pointer(of[kBias1])};
+  call_dropout(relu_dropout_backward, s, through, seed, 0, 0, relu);
+  served({kInner});
+  g = any(7) ? input_gradient(s.by[kOne].input, through, weight(kRounded1, kWeight1), g_y) : Tensor();
+  if (needs[1 + kWeight1]) of[kWeight1] = weight_gradient(s.by[kOne].weight, through, either(k[kRoundedY], k[kY]));
+  if (!g.defined()) return found;
+  served({kRounded1, kRoundedY, kY});
+  through = g_y = Tensor();
+
+  norm = norm_backward(s, g, k[kOuter], p[kOutBias], x, p[kNorm1Weight], k[kMean1], k[kRstd1], seed, stream);
+  served({kOuter, kMean1, kRstd1});
+  of[kOutBias] = norm.bias, of[kNorm1Weight] = norm.weight, of[kNorm1Bias] = norm.norm_bias;
+  Tensor g_x = norm.residual;
+  g = any(3) ? input_gradient(s.by[kOut].input, norm.x, weight(kRoundedOut, kOutWeight)) : Tensor();
+  if (needs[1 + kOutWeight]) of[kOutWeight] = weight_gradient(s.by[kOut].weight, norm.x, k[kMixed]);
+  if (!g.defined()) return found;
+  served({kRoundedOut});
+  norm = {};
+
+  Tensor g_qkv = empty({s.rows, 3 * s.width}, s.dtype);
+  void* tensors[] = {pointer(k[kQkvOut]), pointer(k[kMixed]), pointer(k[kLogsum]), pointer(g), pointer(g_qkv)};
+  call_attention(attention_backward, layer, g_qkv, seed, tensors);
+  served({kQkvOut, kMixed, kLogsum});
+  g = Tensor();
+  if (needs[0]) found[0] = input_gradient(s.by[kQkv].input, g_qkv, weight(kRoundedQkv, kQkvWeight), g_x);
+  if (needs[1 + kQkvWeight])
+    of[kQkvWeight] = weight_gradient(s.by[kQkv].weight, g_qkv, either(k[kRoundedX], x), needs[1 + kQkvBias] ? &of[kQkvBias] : nullptr);
+  else if (needs[1 + kQkvBias])
+    of[kQkvBias] = at::sum(g_qkv, 0, false, at::kFloat);
+  return found;
+}
+
+// ----------------------------------------------------------------------------------------------------------------------- nodes
+
+struct EncoderLayerBackward : SavingNode {      // saves x and the parameters, the seed, and the state
+  Layer layer;
+
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return variable_list(1 + kParameters);
+    variable_list tensors = unpack();
+    const Tensor seed = tensors[1 + kParameters];
+    const Stack& s = *layer.stack;
+    if (at::GradMode::is_enabled()) {
+      tensors.resize(1 + kParameters);
+      py::gil_scoped_acquire gil;
+      py::list lengths;
+      for (size_t i = 1; i < s.starts.size(); ++i) lengths.append(s.starts[i] - s.starts[i - 1]);
+      return ask_python(second_order, tensors, lengths, s.heads, s.p, py::make_tuple(layer.eps[0], layer.eps[1]), seed_or_none(seed), layer.stream,
+                        s.dtype, grads[0]);
+    }
+    if (!torch::autograd::get_current_graph_task_keep_graph()) release_variables();      // a layer's gradients take as much as it saved
+    State state;
+    std::move(tensors.begin() + 2 + kParameters, tensors.end(), state.begin());
+    tensors.resize(1 + kParameters);
+    std::array<bool, 1 + kParameters> needs;
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
+    const Below below;
+    Tensor grad = std::move(grads[0]);
+    return backward(layer, std::move(grad), needs, tensors[0], &tensors[1], seed, state);
+  }
+
+  std::string name() const override { return "EncoderLayerBackward"; }
+};
+
+struct EncoderOutBackward : SavingNode {      // saves x, the weight, and both rounded
+  Product by;
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list found(3);
+    if (!grads[0].defined()) return found;
+    const variable_list tensors = unpack();
+    const Tensor &x = tensors[0], &weight = tensors[1], &g = grads[0];
+    const bool needs_x = task_should_compute_output(0), needs_weight = task_should_compute_output(1), needs_bias = task_should_compute_output(2);
+    if (at::GradMode::is_enabled()) {
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+      if (needs_x) found[0] = at::matmul(g, weight.to(g.scalar_type())).to(at::kFloat);
+      if (needs_weight) found[1] = at::matmul(g.t(), x.to(g.scalar_type())).to(at::kFloat);
+      if (needs_bias) found[2] = at::sum(g, 0, false, at::kFloat);
+      return found;
+    }
+    const Below below;
+    const Tensor grad = g.contiguous();
+    if (needs_x) found[0] = input_gradient(by.input, grad, either(tensors[3], weight)).to(at::kFloat);
+    if (needs_weight) found[1] = weight_gradient(by.weight, grad, either(tensors[2], x), needs_bias ? &found[2] : nullptr);
+    else if (needs_bias) found[2] = at::sum(grad, 0, false, at::kFloat);
+    return found;
+  }
+
+  std::string name() const override { return "EncoderOutBackward"; }
+};
+
+Tensor apply_layer(const Layer& layer, const Tensor& x, const Tensor* parameters, const Tensor& seed) {
+  variable_list inputs{x};
+  inputs.insert(inputs.end(), parameters, parameters + kParameters);
+  const bool graph = wants_graph(inputs);
+  State state;
+  Tensor z;
+  {
+    const Below below;
+    z = forward(layer, x, parameters, seed, graph ? &state : nullptr);
+  }
+  if (graph) {
+    auto pointer = make_node<EncoderLayerBackward>(inputs);
+    auto* node = static_cast<EncoderLayerBackward*>(pointer.get());
+    node->layer = layer;
+    node->saved.reserve(2 + kParameters + kKept);
+    node->save({inputs, {seed}, state});
+    torch::autograd::set_history(z, pointer);
+  }
+  return z;
+}
+
+Tensor apply_out(const Stack& s, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const variable_list inputs{x, weight, bias};
+  Tensor rounded_x, rounded_weight, y;
+  const Product& by = s.by[kLast];
+  {
+    const Below below;
+    if (s.dtype != at::kFloat) {
+      rounded_x = x.to(s.dtype);
+      if (by.forward != kRounds) rounded_weight = weight.to(s.dtype);
+    }
+    y = product(by.forward, either(rounded_x, x), either(rounded_weight, weight), bias);
+  }
+  if (wants_graph(inputs)) {
+    auto pointer = make_node<EncoderOutBackward>(inputs);
+    auto* node = static_cast<EncoderOutBackward*>(pointer.get());
+    node->by = by;
+    node->saved.reserve(4);
+    node->save({{x, weight, rounded_x, rounded_weight}});
+    torch::autograd::set_history(y, pointer);
+  }
+  return y;
+}
+
+// ------------------------------------------------------------------------------------------------------------- what Python gives
+
+// Float tensors, if they are `plain`.
+bool take(const Items& items, int64_t count, variable_list& tensors) {
+  if (items.size() != count) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!plain(items[i]) || THPVariable_Unpack(items[i]).scalar_type() != at::kFloat) return false;
+    tensors.push_back(THPVariable_Unpack(items[i]));
+  }
+  return true;
+}
+
+bool fits(const Tensor* p, int64_t width, int64_t inside) {
+  for (int which : {kOutBias, kNorm1Weight, kNorm1Bias, kBias2, kNorm2Weight, kNorm2Bias})
+    if (!has_shape(p[which], width)) return false;
+  return has_shape(p[kQkvWeight], 3 * width, width) && has_shape(p[kQkvBias], 3 * width) && has_shape(p[kOutWeight], width, width) &&
+         has_shape(p[kWeight1], inside, width) && has_shape(p[kBias1], inside) && has_shape(p[kWeight2], width, inside);
+}
+
+bool read_lengths(const Items& lengths, Stack& s) {
+  if (lengths.size() < 0) return false;
+  s.starts.reserve(lengths.size() + 1);
+  s.starts.push_back(0);
+  for (int64_t i = 0, n; i < lengths.size(); ++i) {
+    if (!read(lengths[i], n) || n < 0 || n > s.rows - s.starts.back()) return false;
+    s.starts.push_back(s.starts.back() + n);
+  }
+  return s.starts.back() == s.rows;
+}
+
+// By whom the products are done; false where that has still to be measured.
+bool read_plan(bool graph, Stack& s) {
+  const py::object found = py::reinterpret_borrow<py::object>(plan)(s.dtype, s.rows, s.width, s.inside, s.outputs, graph);
+  const Items codes(found);
+  int64_t* to = &s.by[0].forward;
+  static_assert(sizeof s.by == 3 * kProducts * sizeof(int64_t));
+  if (codes.size() != 3 * (s.outputs ? kProducts : kProducts - 1)) return false;
+  for (int64_t i = 0; i < codes.size(); ++i)
+    if (!read(codes[i], to[i])) return false;
+  return true;
+}
+
+// The arguments of ops.encoder_layers; its result, or None.
+py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_, py::handle heads, py::handle p, py::handle eps_, py::handle seed_,
+                          py::handle stream_, py::handle out_) {
+  const Items layers(layers_), eps(eps_);
+  auto stack = std::make_shared<Stack>();
+  Stack& s = *stack;
+  variable_list tensors;
+  if (!undisturbed() || layers.size() < 1 || !plain(x_.ptr())) return py::none();
+  Tensor x = THPVariable_Unpack(x_.ptr());
+  if (x.scalar_type() != at::kFloat || x.dim() != 2 || x.numel() == 0) return py::none();
+  s.rows = x.size(0), s.width = x.size(1);
+  tensors.reserve(layers.size() * kParameters + 2);
+  for (int64_t i = 0; i < layers.size(); ++i) {
+    if (!take(Items(layers[i]), kParameters, tensors)) return py::none();
+    const Tensor* own = &tensors[i * kParameters];
+    if (i == 0) s.inside = own[kBias1].dim() == 1 ? own[kBias1].size(0) : 0;
+    if (s.inside < 1 || !fits(own, s.width, s.inside)) return py::none();
+  }
+  if (!out_.is_none()) {
+    if (!take(Items(out_), 2, tensors)) return py::none();
+    const Tensor &weight = tensors.end()[-2], &bias = tensors.end()[-1];
+    s.outputs = bias.dim() == 1 ? bias.size(0) : 0;
+    if (s.outputs < 1 || !has_shape(weight, s.outputs, s.width)) return py::none();
+  }
+  int64_t stream;
+  if (!read_lengths(Items(lengths), s) || !read(heads, s.heads) || s.heads < 1 || s.width % s.heads || !read(p, s.p) || !(s.p >= 0 && s.p < 1) ||
+      !read(stream_, stream) || (!eps_.is_none() && eps.size() != layers.size()))
+    return py::none();
+  s.dtype = at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : at::kFloat;
+  if (s.dtype != at::kFloat && s.dtype != at::kBFloat16 && s.dtype != at::kHalf) return py::none();
+  std::vector<Layer> each(layers.size(), Layer{stack, stream, {1e-5, 1e-5}});
+  for (int64_t i = 0; i < layers.size(); ++i) {
+    each[i].stream += i * (s.heads + 3);
+    if (eps_.is_none()) continue;
+    const Items pair(eps[i]);
+    if (pair.size() != 2 || !read(pair[0], each[i].eps[0]) || !read(pair[1], each[i].eps[1])) return py::none();
+  }
+  Tensor seed;
+  if (!read_plan(at::GradMode::is_enabled(), s) || !read_seed(seed_, s.p, seed)) return py::none();
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < layers.size(); ++i) x = apply_layer(each[i], x, &tensors[i * kParameters], seed);
+    if (s.outputs) x = apply_out(s, x, tensors.end()[-2], tensors.end()[-1]);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(x)));
+}
+
+}  // namespace
+
+Brought bring_encoder_layers(py::module& module) {
+  module.def("encoder_layers", torch::wrap_pybind_function(encoder_layers));
+  return {{&linear_forward, &linear_input, &linear_backward, &relu_dropout_forward, &relu_dropout_backward, &dropout_norm_forward,
+           &dropout_norm_backward, &attention_forward, &attention_backward},
+          {{"encoder_layer", &second_order}, {"plan", &plan}}};
+}
+
+}  // namespace ada2i
