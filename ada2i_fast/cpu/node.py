@@ -43,8 +43,11 @@ def _load() -> ModuleType | str:
         backends.check_version(module.ABI_VERSION, ABI_VERSION)
     except (ImportError, RuntimeError) as error:
         return f"{PATH.name} does not load: {error}"
-    ops = {name: importlib.import_module(f"..ops.{name}", __package__) for name in ("afw_layer", "encoder_layer")}      # which import this file
-    module.use(address, torch.nn.Parameter, plan=ops["encoder_layer"].plan, **{name: op.differentiable for name, op in ops.items()})
+    from ..ops.afw_layer import differentiable      # files that import this one
+    from ..ops.encoder_layer import differentiable_attention, differentiable_inner, plan
+
+    module.use(address, torch.nn.Parameter, plan=plan, afw_layer=differentiable, encoder_attention=differentiable_attention,
+               encoder_inner=differentiable_inner)
     return module
 
 

@@ -22,7 +22,7 @@ autocast by one launch (`_Weights`), LayerNorm writes its result rounded too, fo
 from __future__ import annotations
 
 import contextlib
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,25 +85,53 @@ def _inner(x: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | Non
     return product_forward(x, weight, bias, False, dtype, dropout=(p, seed, stream, backend))[0]
 
 
+def _attended(x: Tensor, parameters: Sequence[Tensor], lengths: Sequence[int] | DialogueOffsets, heads: int, p: float, eps: float,
+              seed: Tensor | None, stream: int, attention: str, dropout: str, product: str) -> Tensor:
+    """y, op by op. parameters: the six up to norm1. The last three: backends of the parts."""
+    qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias = parameters
+    qkv = linear(x, qkv_weight, qkv_bias, backend=product)
+    mixed = dialogue_attention(qkv, lengths, heads, dropout=p, seed=None if attention == "torch" else seed, stream=stream, backend=attention)
+    if dropout == "torch":
+        y = F.dropout(linear(mixed, out_weight, out_bias, backend=product), p)
+        return F.layer_norm(x + y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return dropout_residual_norm(linear(mixed, out_weight, backend=product), out_bias, x, norm_weight, norm_bias, p=p, eps=eps, seed=seed,
+                                 stream=stream + heads, backend=dropout)
+
+
+def _fed_forward(y: Tensor, parameters: Sequence[Tensor], p: float, eps: float, seed: Tensor | None, stream: int, dropout: str,
+                 product: str) -> Tensor:
+    """z, op by op. parameters: the six from W_1 on. stream: that of the inner dropout."""
+    weight1, bias1, weight2, bias2, norm_weight, norm_bias = parameters
+    if dropout == "torch":
+        inner = F.dropout(linear(y, weight1, bias1, relu=True, backend=product), p)
+        z = F.dropout(linear(inner, weight2, bias2, backend=product), p)
+        return F.layer_norm(y + z, norm_weight.shape, norm_weight, norm_bias, eps)
+    inner = _inner(y, weight1, bias1, p, seed, stream, product, dropout)
+    return dropout_residual_norm(linear(inner, weight2, backend=product), bias2, y, norm_weight, norm_bias, p=p, eps=eps, seed=seed,
+                                 stream=stream + 1, backend=dropout)
+
+
 def _chain(x: Tensor, lengths: Sequence[int] | DialogueOffsets, parameters: Sequence[Tensor], heads: int, p: float, eps: Sequence[float],
            seed: Tensor | None, stream: int, attention: str, dropout: str, product: str) -> Tensor:
     """One layer, op by op: any device, any number of derivatives, and what compiled code takes. The last three: backends of the parts."""
-    qkv_weight, qkv_bias, out_weight, out_bias, norm1_weight, norm1_bias, weight1, bias1, weight2, bias2, norm2_weight, norm2_bias = parameters
-    qkv = linear(x, qkv_weight, qkv_bias, backend=product)
-    mixed = dialogue_attention(qkv, lengths, heads, dropout=p, seed=None if attention == "torch" else seed, stream=stream, backend=attention)
-    stream += heads
-    if dropout == "torch":
-        y = F.dropout(linear(mixed, out_weight, out_bias, backend=product), p)
-        y = F.layer_norm(x + y, norm1_weight.shape, norm1_weight, norm1_bias, eps[0])
-        inner = F.dropout(linear(y, weight1, bias1, relu=True, backend=product), p)
-        z = F.dropout(linear(inner, weight2, bias2, backend=product), p)
-        return F.layer_norm(y + z, norm2_weight.shape, norm2_weight, norm2_bias, eps[1])
-    fused = dict(p=p, seed=seed, backend=dropout)
-    y = dropout_residual_norm(linear(mixed, out_weight, backend=product), out_bias, x, norm1_weight, norm1_bias, eps=eps[0], stream=stream,
-                              **fused)
-    inner = _inner(y, weight1, bias1, p, seed, stream + 1, product, dropout)
-    return dropout_residual_norm(linear(inner, weight2, backend=product), bias2, y, norm2_weight, norm2_bias, eps=eps[1], stream=stream + 2,
-                                 **fused)
+    y = _attended(x, parameters[:6], lengths, heads, p, eps[0], seed, stream, attention, dropout, product)
+    return _fed_forward(y, parameters[6:], p, eps[1], seed, stream + heads + 1, dropout, product)
+
+
+def _differentiable(function: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the tensors that a function takes, with derivatives of their own: a backend has none, the ops have all."""
+    with _as_forward(grad.device.type, dtype):
+        return gradients_through(lambda x, *parameters: [function(x, parameters)], tensors, [grad])
+
+
+def differentiable_attention(tensors, lengths, heads, p, eps, seed, stream, dtype, grad) -> list[Tensor | None]:
+    """For the first half of a layer by `cpu.node`: x and six parameters."""
+    return _differentiable(lambda x, t: _attended(x, t, lengths, heads, p, eps, seed, stream, "cpu", "cpu", "auto"), tensors, dtype, grad)
+
+
+def differentiable_inner(tensors, lengths, heads, p, eps, seed, stream, dtype, grad) -> list[Tensor | None]:
+    """For the second one."""
+    return _differentiable(lambda y, t: _fed_forward(y, t, p, eps, seed, stream, "cpu", "auto"), tensors, dtype, grad)
 
 
 # -------------------------------------------------------------------------------------------------------------- one node
@@ -229,20 +257,13 @@ class _EncoderLayer(torch.autograd.Function):
         lengths, where, heads, p, eps, seed, stream, dtype, backend = ctx.settings
         saved, device = [*ctx.saved_tensors], grad.device
         if torch.is_grad_enabled():                             # create_graph=True
-            return None, None, None, *differentiable(saved[:13], lengths, heads, p, eps, seed, stream, dtype, grad, backend)
+            return None, None, None, *_differentiable(
+                lambda x, t: _chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto"), saved[:13], dtype, grad)
         ctx.maybe_clear_saved_tensors()                         # unless retain_graph: a layer's gradients take as much as it saved
         autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
         with autocast, cpu.together() if backend == "cpu" else contextlib.nullcontext(), branch(device) as beside:
             found = _backward(grad, ctx.needs_input_grad[3:], saved, where, heads, p, seed, stream, backend, beside)
         return None, None, None, *found
-
-
-def differentiable(tensors: Sequence[Tensor], lengths: Sequence[int] | DialogueOffsets, heads: int, p: float, eps: Sequence[float],
-                   seed: Tensor | None, stream: int, dtype: torch.dtype, grad: Tensor, backend: str = "cpu") -> list[Tensor | None]:
-    """The gradients of x and a layer's parameters, with derivatives of their own: a backend has none, the ops have all."""
-    with _as_forward(grad.device.type, dtype):
-        return gradients_through(
-            lambda x, *t: [_chain(x, lengths, t, heads, p, eps, seed, stream, backend, backend, "auto")], tensors, [grad])
 
 
 def plan(dtype: torch.dtype, rows: int, width: int, inside: int, outputs: int, gradients: bool) -> tuple[int, ...] | None:

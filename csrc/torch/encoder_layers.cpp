@@ -1,6 +1,7 @@
-// Transformer layers of an encoder on a CPU without Python between libada2i_cpu and torch, a node of autograd's graph each, and the linear map
-// behind them, as ada2i_fast/ops/encoder_layer.py and ada2i_fast/ops/linear.py have them, with the products by the libraries that the latter
-// has found to be the fastest.
+// Transformer layers of an encoder on a CPU without Python between libada2i_cpu and torch, and the linear map behind them, as
+// ada2i_fast/ops/encoder_layer.py and ada2i_fast/ops/linear.py have them, with the products by the libraries that the latter has found to be the
+// fastest. A layer is two nodes of autograd's graph, to norm1 and from there: a node holds the gradients that it makes until it ends, and those
+// of a large layer's weights are more than its activations.
 #include "common.h"
 
 #include <ATen/autocast_mode.h>
@@ -20,10 +21,9 @@ Function linear_forward{"ada2i_linear_forward"}, linear_input{"ada2i_linear_inpu
     relu_dropout_forward{"ada2i_relu_dropout_forward"}, relu_dropout_backward{"ada2i_relu_dropout_backward"},
     dropout_norm_forward{"ada2i_dropout_norm_forward"}, dropout_norm_backward{"ada2i_dropout_norm_backward"},
     attention_forward{"ada2i_dialogue_attention_forward"}, attention_backward{"ada2i_dialogue_attention_backward"};
-PyObject *second_order, *plan;
+PyObject *second_order_attention, *second_order_inner, *plan;
 
-constexpr int kParameters = 12;
-enum Parameter { kQkvWeight, kQkvBias, kOutWeight, kOutBias, kNorm1Weight, kNorm1Bias, kWeight1, kBias1, kWeight2, kBias2, kNorm2Weight, kNorm2Bias };
+constexpr int kParameters = 6;      // of half a layer
 
 // Whose product it is, as ops.linear.plan says: torch's own, oneDNN's, this package's, or its of a float weight that it rounds to the 16 bits of x.
 enum By { kTorch, kOneDNN, kNative, kRounds };
@@ -38,10 +38,10 @@ struct Stack {      // what the layers of an encoder have in common
   std::vector<int64_t> starts;      // of dialogues, and where the last one ends
 };
 
-struct Layer {
+struct Half {
   std::shared_ptr<const Stack> stack;
   int64_t stream;
-  double eps[2];
+  double eps;
 };
 
 // Neither autograd nor autocast: what is to be rounded is rounded here.
@@ -138,161 +138,201 @@ NormGradients norm_backward(const Stack& s, const Tensor& g, const Tensor& x, co
   return found;
 }
 
-void call_attention(const Function& function, const Layer& layer, const Tensor& qkv, const Tensor& seed, void* const* tensors) {
-  const Stack& s = *layer.stack;
+void call_attention(const Function& function, const Stack& s, const Tensor& qkv, const Tensor& seed, int64_t stream, void* const* tensors) {
   const double scale = std::pow(double(s.width / s.heads), -0.5);      // with the bits of Python's **
-  run(function, DialogueAttention{code(qkv.scalar_type()), at::get_num_threads(), s.heads, s.width, int64_t(s.starts.size()) - 1, layer.stream, scale,
+  run(function, DialogueAttention{code(qkv.scalar_type()), at::get_num_threads(), s.heads, s.width, int64_t(s.starts.size()) - 1, stream, scale,
                                   s.p, s.starts.data(), address(seed), tensors});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------- a layer
-
-// What backward takes beside x and the parameters. The first five are undefined where nothing is rounded, or the library does it.
-enum Kept { kRoundedQkv, kRoundedOut, kRounded1, kRounded2, kRoundedX, kQkvOut, kMixed, kLogsum, kOuter, kMean1, kRstd1, kRoundedY, kInner, kY,
-            kMean2, kRstd2, kLast_, kKept };
-using State = std::array<Tensor, kKept>;
+// --------------------------------------------------------------------------------------------------------------------- the halves
 
 const Tensor& either(const Tensor& rounded, const Tensor& t) { return rounded.defined() ? rounded : t; }
 
-// z. kept: null where nobody takes it, so that what has served is free.
-Tensor forward(const Layer& layer, const Tensor& x, const Tensor* p, const Tensor& seed, State* kept) {
-  const Stack& s = *layer.stack;
-  const bool rounds = s.dtype != at::kFloat;
-  State state;
-  const auto rounded = [&](const Tensor& t) { return rounds ? t.to(s.dtype) : Tensor(); };
-  const auto weight = [&](int which, int place, int parameter) -> const Tensor& {
-    if (s.by[which].forward != kRounds) state[place] = rounded(p[parameter]);
-    return either(state[place], p[parameter]);
-  };
-  const auto served = [&](std::initializer_list<int> places) {
-    if (!kept)
-      for (int place : places) state[place] = Tensor();
-  };
-  int64_t stream = layer.stream;
+// What a half keeps for backward beside x and its parameters; rounded copies are undefined where nothing is rounded, or the library does it.
+struct State : std::array<Tensor, 9> {
+  bool keeps = true;      // whether somebody takes it: else what has served is free at once
 
-  state[kRoundedX] = rounded(x);
-  state[kQkvOut] = product(s.by[kQkv].forward, either(state[kRoundedX], x), weight(kQkv, kRoundedQkv, kQkvWeight), p[kQkvBias]);
-  served({kRoundedX, kRoundedQkv});
-  state[kMixed] = empty({s.rows, s.width}, s.dtype);
-  state[kLogsum] = empty({s.rows, s.heads, 2}, at::kFloat);
-  void* tensors[] = {pointer(state[kQkvOut]), pointer(state[kMixed]), pointer(state[kLogsum])};
-  call_attention(attention_forward, layer, state[kQkvOut], seed, tensors);
-  served({kQkvOut, kLogsum});
-  stream += s.heads;
-
-  state[kOuter] = product(s.by[kOut].forward, state[kMixed], weight(kOut, kRoundedOut, kOutWeight));
-  served({kMixed, kRoundedOut});
-  Norm norm = norm_forward(s, state[kOuter], p[kOutBias], x, p[kNorm1Weight], p[kNorm1Bias], layer.eps[0], seed, stream);
-  state[kY] = norm.out, state[kMean1] = norm.mean, state[kRstd1] = norm.rstd;
-  served({kOuter, kMean1, kRstd1});
-
-  state[kRoundedY] = rounded(state[kY]);
-  const Tensor& y = either(state[kRoundedY], state[kY]);
-  const Tensor& weight1 = weight(kOne, kRounded1, kWeight1);
-  if (s.by[kOne].forward >= kNative) {
-    state[kInner] = native(y, weight1, p[kBias1], true, s.p, seed, stream + 1);
-  } else {
-    Tensor sums = product(s.by[kOne].forward, y, weight1);
-    state[kInner] = empty({s.rows, s.inside}, s.dtype);
-    void* own[] = {pointer(sums), pointer(p[kBias1]), pointer(state[kInner])};
-    call_dropout(relu_dropout_forward, s, sums, seed, stream + 1, 0, own);
+  void forget(std::initializer_list<int> places) {
+    for (int place : places) (*this)[place] = Tensor();
   }
-  served({kRoundedY, kRounded1});
-  state[kLast_] = product(s.by[kTwo].forward, state[kInner], weight(kTwo, kRounded2, kWeight2));
-  served({kInner, kRounded2});
-  norm = norm_forward(s, state[kLast_], p[kBias2], state[kY], p[kNorm2Weight], p[kNorm2Bias], layer.eps[1], seed, stream + 2);
-  state[kMean2] = norm.mean, state[kRstd2] = norm.rstd;
-  if (kept) *kept = std::move(state);
-  return norm.out;
+  void served(std::initializer_list<int> places) {
+    if (!keeps) forget(places);
+  }
+  // A tensor as the product of `by` takes it.
+  const Tensor& rounded(const Stack& s, int place, const Tensor& t, int64_t by = kTorch) {
+    if (s.dtype != at::kFloat && by != kRounds) (*this)[place] = t.to(s.dtype);
+    return either((*this)[place], t);
+  }
+};
+
+using Needs = std::array<bool, 1 + kParameters>;
+
+bool any(const Needs& needs, int upto) {
+  return std::any_of(needs.begin(), needs.begin() + upto, [](bool b) { return b; });
 }
 
-// Gradients of x and the parameters, none from where on no gradient is needed. k: what `forward` kept, given away as it has served.
-variable_list backward(const Layer& layer, Tensor g, const std::array<bool, 1 + kParameters>& needs, const Tensor& x, const Tensor* p,
-                       const Tensor& seed, State& k) {
-  const Stack& s = *layer.stack;
-  variable_list found(1 + kParameters);
-  Tensor* of = &found[1];
-  const auto any = [&](int upto) { return std::any_of(needs.begin(), needs.begin() + upto, [](bool b) { return b; }); };
-  const auto weight = [&](int place, int parameter) -> const Tensor& { return either(k[place], p[parameter]); };
-  const auto served = [&](std::initializer_list<int> places) {
-    for (int place : places) k[place] = Tensor();
-  };
-  const int64_t stream = layer.stream + s.heads;
+// y = norm1(x + drop(attention(x W_qkv^T + b_qkv) W_o^T + b_o))
+struct Attention {
+  enum { kQkvWeight, kQkvBias, kOutWeight, kOutBias, kNormWeight, kNormBias };
+  enum { kRoundedWeight, kRoundedOutWeight, kRoundedX, kQkvSums, kMixed, kLogsum, kOuter, kMean, kRstd };
+  static constexpr const char* name = "EncoderAttentionBackward";
+  static PyObject* second_order() { return second_order_attention; }
 
-  NormGradients norm = norm_backward(s, g.contiguous(), k[kLast_], p[kBias2], k[kY], p[kNorm2Weight], k[kMean2], k[kRstd2], seed, stream + 2);
-  served({kLast_, kMean2, kRstd2});
-  of[kBias2] = norm.bias, of[kNorm2Weight] = norm.weight, of[kNorm2Bias] = norm.norm_bias;
-  Tensor g_y = norm.residual;
-  g = any(9) ? input_gradient(s.by[kTwo].input, norm.x, weight(kRounded2, kWeight2)) : Tensor();
-  if (needs[1 + kWeight2]) of[kWeight2] = weight_gradient(s.by[kTwo].weight, norm.x, k[kInner]);
-  if (!g.defined()) return found;
-  served({kRounded2});
+  static Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+    const Stack& s = *half.stack;
+    const int64_t qkv = s.by[kQkv].forward, out = s.by[kOut].forward;
+    const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
+    k[kQkvSums] = product(qkv, rounded_x, k.rounded(s, kRoundedWeight, p[kQkvWeight], qkv), p[kQkvBias]);
+    k.served({kRoundedX, kRoundedWeight});
+    k[kMixed] = empty({s.rows, s.width}, s.dtype);
+    k[kLogsum] = empty({s.rows, s.heads, 2}, at::kFloat);
+    void* tensors[] = {pointer(k[kQkvSums]), pointer(k[kMixed]), pointer(k[kLogsum])};
+    call_attention(attention_forward, s, k[kQkvSums], seed, half.stream, tensors);
+    k.served({kQkvSums, kLogsum});
+    k[kOuter] = product(out, k[kMixed], k.rounded(s, kRoundedOutWeight, p[kOutWeight], out));
+    k.served({kMixed, kRoundedOutWeight});
+    Norm norm = norm_forward(s, k[kOuter], p[kOutBias], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.stream + s.heads);
+    k[kMean] = norm.mean, k[kRstd] = norm.rstd;
+    return norm.out;
+  }
 
-  Tensor through = empty({s.rows, s.inside}, s.dtype);
-  of[kBias1] = empty({s.inside}, at::kFloat);
-  void* relu[] = {pointer(g), pointer(k[kInner]), pointer(through), pointer(of[kBias1])};
-  call_dropout(relu_dropout_backward, s, through, seed, 0, 0, relu);
-  served({kInner});
-  g = any(7) ? input_gradient(s.by[kOne].input, through, weight(kRounded1, kWeight1), g_y) : Tensor();
-  if (needs[1 + kWeight1]) of[kWeight1] = weight_gradient(s.by[kOne].weight, through, either(k[kRoundedY], k[kY]));
-  if (!g.defined()) return found;
-  served({kRounded1, kRoundedY, kY});
-  through = g_y = Tensor();
+  // Gradients of x and the parameters, none from where on no gradient is needed. Whatever has served is given away.
+  static variable_list backward(const Half& half, Tensor grad, const Needs& needs, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+    const Stack& s = *half.stack;
+    variable_list found(1 + kParameters);
+    Tensor* of = &found[1];
+    NormGradients norm = norm_backward(s, grad, k[kOuter], p[kOutBias], x, p[kNormWeight], k[kMean], k[kRstd], seed, half.stream + s.heads);
+    k.forget({kOuter, kMean, kRstd});
+    grad = Tensor();
+    of[kOutBias] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
+    Tensor g;
+    if (any(needs, 1 + kOutWeight)) g = input_gradient(s.by[kOut].input, norm.x, either(k[kRoundedOutWeight], p[kOutWeight]));
+    if (needs[1 + kOutWeight]) of[kOutWeight] = weight_gradient(s.by[kOut].weight, norm.x, k[kMixed]);
+    if (!g.defined()) return found;
+    k.forget({kRoundedOutWeight});
+    norm.x = Tensor();
 
-  norm = norm_backward(s, g, k[kOuter], p[kOutBias], x, p[kNorm1Weight], k[kMean1], k[kRstd1], seed, stream);
-  served({kOuter, kMean1, kRstd1});
-  of[kOutBias] = norm.bias, of[kNorm1Weight] = norm.weight, of[kNorm1Bias] = norm.norm_bias;
-  Tensor g_x = norm.residual;
-  g = any(3) ? input_gradient(s.by[kOut].input, norm.x, weight(kRoundedOut, kOutWeight)) : Tensor();
-  if (needs[1 + kOutWeight]) of[kOutWeight] = weight_gradient(s.by[kOut].weight, norm.x, k[kMixed]);
-  if (!g.defined()) return found;
-  served({kRoundedOut});
-  norm = {};
+    Tensor g_qkv = empty({s.rows, 3 * s.width}, s.dtype);
+    void* tensors[] = {pointer(k[kQkvSums]), pointer(k[kMixed]), pointer(k[kLogsum]), pointer(g), pointer(g_qkv)};
+    call_attention(attention_backward, s, g_qkv, seed, half.stream, tensors);
+    k.forget({kQkvSums, kMixed, kLogsum});
+    g = Tensor();
+    if (needs[0]) found[0] = input_gradient(s.by[kQkv].input, g_qkv, either(k[kRoundedWeight], p[kQkvWeight]), norm.residual);
+    if (needs[1 + kQkvWeight])
+      of[kQkvWeight] = weight_gradient(s.by[kQkv].weight, g_qkv, either(k[kRoundedX], x), needs[1 + kQkvBias] ? &of[kQkvBias] : nullptr);
+    else if (needs[1 + kQkvBias])
+      of[kQkvBias] = at::sum(g_qkv, 0, false, at::kFloat);
+    return found;
+  }
+};
 
-  Tensor g_qkv = empty({s.rows, 3 * s.width}, s.dtype);
-  void* tensors[] = {pointer(k[kQkvOut]), pointer(k[kMixed]), pointer(k[kLogsum]), pointer(g), pointer(g_qkv)};
-  call_attention(attention_backward, layer, g_qkv, seed, tensors);
-  served({kQkvOut, kMixed, kLogsum});
-  g = Tensor();
-  if (needs[0]) found[0] = input_gradient(s.by[kQkv].input, g_qkv, weight(kRoundedQkv, kQkvWeight), g_x);
-  if (needs[1 + kQkvWeight])
-    of[kQkvWeight] = weight_gradient(s.by[kQkv].weight, g_qkv, either(k[kRoundedX], x), needs[1 + kQkvBias] ? &of[kQkvBias] : nullptr);
-  else if (needs[1 + kQkvBias])
-    of[kQkvBias] = at::sum(g_qkv, 0, false, at::kFloat);
-  return found;
-}
+// z = norm2(y + drop(drop(max(0, y W_1^T + b_1)) W_2^T + b_2)), whose x is y
+struct Inner {
+  enum { kWeight1, kBias1, kWeight2, kBias2, kNormWeight, kNormBias };
+  enum { kRoundedWeight1, kRoundedWeight2, kRoundedX, kMiddle, kOuter, kMean, kRstd };
+  static constexpr const char* name = "EncoderInnerBackward";
+  static PyObject* second_order() { return second_order_inner; }
+
+  static Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+    const Stack& s = *half.stack;
+    const int64_t one = s.by[kOne].forward, two = s.by[kTwo].forward;
+    const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
+    const Tensor& weight = k.rounded(s, kRoundedWeight1, p[kWeight1], one);
+    if (one >= kNative) {
+      k[kMiddle] = native(rounded_x, weight, p[kBias1], true, s.p, seed, half.stream);
+    } else {
+      const Tensor sums = product(one, rounded_x, weight);
+      k[kMiddle] = empty({s.rows, s.inside}, s.dtype);
+      void* tensors[] = {pointer(sums), pointer(p[kBias1]), pointer(k[kMiddle])};
+      call_dropout(relu_dropout_forward, s, sums, seed, half.stream, 0, tensors);
+    }
+    k.served({kRoundedX, kRoundedWeight1});
+    k[kOuter] = product(two, k[kMiddle], k.rounded(s, kRoundedWeight2, p[kWeight2], two));
+    k.served({kMiddle, kRoundedWeight2});
+    Norm norm = norm_forward(s, k[kOuter], p[kBias2], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.stream + 1);
+    k[kMean] = norm.mean, k[kRstd] = norm.rstd;
+    return norm.out;
+  }
+
+  static variable_list backward(const Half& half, Tensor grad, const Needs& needs, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+    const Stack& s = *half.stack;
+    variable_list found(1 + kParameters);
+    Tensor* of = &found[1];
+    NormGradients norm = norm_backward(s, grad, k[kOuter], p[kBias2], x, p[kNormWeight], k[kMean], k[kRstd], seed, half.stream + 1);
+    k.forget({kOuter, kMean, kRstd});
+    grad = Tensor();
+    of[kBias2] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
+    Tensor g;
+    if (any(needs, 1 + kWeight2)) g = input_gradient(s.by[kTwo].input, norm.x, either(k[kRoundedWeight2], p[kWeight2]));
+    if (needs[1 + kWeight2]) of[kWeight2] = weight_gradient(s.by[kTwo].weight, norm.x, k[kMiddle]);
+    if (!g.defined()) return found;
+    k.forget({kRoundedWeight2});
+    norm.x = Tensor();
+
+    Tensor through = empty({s.rows, s.inside}, s.dtype);
+    of[kBias1] = empty({s.inside}, at::kFloat);
+    void* tensors[] = {pointer(g), pointer(k[kMiddle]), pointer(through), pointer(of[kBias1])};
+    call_dropout(relu_dropout_backward, s, through, seed, 0, 0, tensors);
+    k.forget({kMiddle});
+    g = Tensor();
+    if (any(needs, 1 + kWeight1)) found[0] = input_gradient(s.by[kOne].input, through, either(k[kRoundedWeight1], p[kWeight1]), norm.residual);
+    if (needs[1 + kWeight1]) of[kWeight1] = weight_gradient(s.by[kOne].weight, through, either(k[kRoundedX], x));
+    return found;
+  }
+};
 
 // ----------------------------------------------------------------------------------------------------------------------- nodes
 
-struct EncoderLayerBackward : SavingNode {      // saves x and the parameters, the seed, and the state
-  Layer layer;
+template <class Part> struct HalfBackward : SavingNode {      // saves x and the parameters, the seed, and the state
+  Half half;
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(1 + kParameters);
     variable_list tensors = unpack();
     const Tensor seed = tensors[1 + kParameters];
-    const Stack& s = *layer.stack;
+    const Stack& s = *half.stack;
     if (at::GradMode::is_enabled()) {
       tensors.resize(1 + kParameters);
       py::gil_scoped_acquire gil;
       py::list lengths;
       for (size_t i = 1; i < s.starts.size(); ++i) lengths.append(s.starts[i] - s.starts[i - 1]);
-      return ask_python(second_order, tensors, lengths, s.heads, s.p, py::make_tuple(layer.eps[0], layer.eps[1]), seed_or_none(seed), layer.stream,
-                        s.dtype, grads[0]);
+      return ask_python(Part::second_order(), tensors, lengths, s.heads, s.p, half.eps, seed_or_none(seed), half.stream, s.dtype, grads[0]);
     }
-    if (!torch::autograd::get_current_graph_task_keep_graph()) release_variables();      // a layer's gradients take as much as it saved
-    State state;
-    std::move(tensors.begin() + 2 + kParameters, tensors.end(), state.begin());
+    if (!torch::autograd::get_current_graph_task_keep_graph()) release_variables();      // gradients take as much as what is saved
+    State kept;
+    std::move(tensors.begin() + 2 + kParameters, tensors.end(), kept.begin());
     tensors.resize(1 + kParameters);
-    std::array<bool, 1 + kParameters> needs;
+    Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
     const Below below;
-    Tensor grad = std::move(grads[0]);
-    return backward(layer, std::move(grad), needs, tensors[0], &tensors[1], seed, state);
+    Tensor grad = std::move(grads[0]).contiguous();
+    grads.clear();
+    return Part::backward(half, std::move(grad), needs, tensors[0], &tensors[1], seed, kept);
   }
 
-  std::string name() const override { return "EncoderLayerBackward"; }
+  std::string name() const override { return Part::name; }
 };
+
+template <class Part> Tensor apply_half(const Half& half, const Tensor& x, const Tensor* parameters, const Tensor& seed) {
+  variable_list inputs{x};
+  inputs.insert(inputs.end(), parameters, parameters + kParameters);
+  State kept;
+  kept.keeps = wants_graph(inputs);
+  Tensor z;
+  {
+    const Below below;
+    z = Part::forward(half, x, parameters, seed, kept);
+  }
+  if (kept.keeps) {
+    auto pointer = make_node<HalfBackward<Part>>(inputs);
+    auto* node = static_cast<HalfBackward<Part>*>(pointer.get());
+    node->half = half;
+    node->saved.reserve(inputs.size() + 1 + kept.size());
+    node->save({inputs, {seed}, kept});
+    torch::autograd::set_history(z, pointer);
+  }
+  return z;
+}
 
 struct EncoderOutBackward : SavingNode {      // saves x, the weight, and both rounded
   Product by;
@@ -320,27 +360,6 @@ struct EncoderOutBackward : SavingNode {      // saves x, the weight, and both r
 
   std::string name() const override { return "EncoderOutBackward"; }
 };
-
-Tensor apply_layer(const Layer& layer, const Tensor& x, const Tensor* parameters, const Tensor& seed) {
-  variable_list inputs{x};
-  inputs.insert(inputs.end(), parameters, parameters + kParameters);
-  const bool graph = wants_graph(inputs);
-  State state;
-  Tensor z;
-  {
-    const Below below;
-    z = forward(layer, x, parameters, seed, graph ? &state : nullptr);
-  }
-  if (graph) {
-    auto pointer = make_node<EncoderLayerBackward>(inputs);
-    auto* node = static_cast<EncoderLayerBackward*>(pointer.get());
-    node->layer = layer;
-    node->saved.reserve(2 + kParameters + kKept);
-    node->save({inputs, {seed}, state});
-    torch::autograd::set_history(z, pointer);
-  }
-  return z;
-}
 
 Tensor apply_out(const Stack& s, const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const variable_list inputs{x, weight, bias};
@@ -377,11 +396,14 @@ bool take(const Items& items, int64_t count, variable_list& tensors) {
   return true;
 }
 
-bool fits(const Tensor* p, int64_t width, int64_t inside) {
-  for (int which : {kOutBias, kNorm1Weight, kNorm1Bias, kBias2, kNorm2Weight, kNorm2Bias})
-    if (!has_shape(p[which], width)) return false;
-  return has_shape(p[kQkvWeight], 3 * width, width) && has_shape(p[kQkvBias], 3 * width) && has_shape(p[kOutWeight], width, width) &&
-         has_shape(p[kWeight1], inside, width) && has_shape(p[kBias1], inside) && has_shape(p[kWeight2], width, inside);
+bool fits(const Tensor* attention, const Tensor* inner, int64_t width, int64_t inside) {
+  for (int which : {Attention::kOutBias, Attention::kNormWeight, Attention::kNormBias})
+    if (!has_shape(attention[which], width)) return false;
+  for (int which : {Inner::kBias2, Inner::kNormWeight, Inner::kNormBias})
+    if (!has_shape(inner[which], width)) return false;
+  return has_shape(attention[Attention::kQkvWeight], 3 * width, width) && has_shape(attention[Attention::kQkvBias], 3 * width) &&
+         has_shape(attention[Attention::kOutWeight], width, width) && has_shape(inner[Inner::kWeight1], inside, width) &&
+         has_shape(inner[Inner::kBias1], inside) && has_shape(inner[Inner::kWeight2], width, inside);
 }
 
 bool read_lengths(const Items& lengths, Stack& s) {
@@ -418,12 +440,12 @@ py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_,
   Tensor x = THPVariable_Unpack(x_.ptr());
   if (x.scalar_type() != at::kFloat || x.dim() != 2 || x.numel() == 0) return py::none();
   s.rows = x.size(0), s.width = x.size(1);
-  tensors.reserve(layers.size() * kParameters + 2);
+  tensors.reserve(2 * layers.size() * kParameters + 2);
   for (int64_t i = 0; i < layers.size(); ++i) {
-    if (!take(Items(layers[i]), kParameters, tensors)) return py::none();
-    const Tensor* own = &tensors[i * kParameters];
-    if (i == 0) s.inside = own[kBias1].dim() == 1 ? own[kBias1].size(0) : 0;
-    if (s.inside < 1 || !fits(own, s.width, s.inside)) return py::none();
+    if (!take(Items(layers[i]), 2 * kParameters, tensors)) return py::none();
+    const Tensor *attention = &tensors[2 * i * kParameters], *inner = attention + kParameters;
+    if (i == 0) s.inside = inner[Inner::kBias1].dim() == 1 ? inner[Inner::kBias1].size(0) : 0;
+    if (s.inside < 1 || !fits(attention, inner, s.width, s.inside)) return py::none();
   }
   if (!out_.is_none()) {
     if (!take(Items(out_), 2, tensors)) return py::none();
@@ -437,18 +459,24 @@ py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_,
     return py::none();
   s.dtype = at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : at::kFloat;
   if (s.dtype != at::kFloat && s.dtype != at::kBFloat16 && s.dtype != at::kHalf) return py::none();
-  std::vector<Layer> each(layers.size(), Layer{stack, stream, {1e-5, 1e-5}});
+  std::vector<Half> halves;
   for (int64_t i = 0; i < layers.size(); ++i) {
-    each[i].stream += i * (s.heads + 3);
-    if (eps_.is_none()) continue;
-    const Items pair(eps[i]);
-    if (pair.size() != 2 || !read(pair[0], each[i].eps[0]) || !read(pair[1], each[i].eps[1])) return py::none();
+    double norm[] = {1e-5, 1e-5};
+    if (!eps_.is_none()) {
+      const Items pair(eps[i]);
+      if (pair.size() != 2 || !read(pair[0], norm[0]) || !read(pair[1], norm[1])) return py::none();
+    }
+    halves.push_back({stack, stream + i * (s.heads + 3), norm[0]});
+    halves.push_back({stack, halves.back().stream + s.heads + 1, norm[1]});
   }
   Tensor seed;
   if (!read_plan(at::GradMode::is_enabled(), s) || !read_seed(seed_, s.p, seed)) return py::none();
   {
     py::gil_scoped_release release;
-    for (int64_t i = 0; i < layers.size(); ++i) x = apply_layer(each[i], x, &tensors[i * kParameters], seed);
+    for (size_t i = 0; i < halves.size(); i += 2) {
+      x = apply_half<Attention>(halves[i], x, &tensors[i * kParameters], seed);
+      x = apply_half<Inner>(halves[i + 1], x, &tensors[(i + 1) * kParameters], seed);
+    }
     if (s.outputs) x = apply_out(s, x, tensors.end()[-2], tensors.end()[-1]);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(x)));
@@ -460,7 +488,7 @@ Brought bring_encoder_layers(py::module& module) {
   module.def("encoder_layers", torch::wrap_pybind_function(encoder_layers));
   return {{&linear_forward, &linear_input, &linear_backward, &relu_dropout_forward, &relu_dropout_backward, &dropout_norm_forward,
            &dropout_norm_backward, &attention_forward, &attention_backward},
-          {{"encoder_layer", &second_order}, {"plan", &plan}}};
+          {{"encoder_attention", &second_order_attention}, {"encoder_inner", &second_order_inner}, {"plan", &plan}}};
 }
 
 }  // namespace ada2i

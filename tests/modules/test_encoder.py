@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ada2i_fast import backends, cpu
+from ada2i_fast.cpu import node
 from ada2i_fast.modules import TransformerEncoder
 
 LENGTHS = [7, 1, 12, 4]
@@ -38,8 +39,9 @@ def test_autocast(dtype):
 
 @pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 def test_autocast_keeps_the_native_ops_in_use(monkeypatch):
-    """All of them serve bfloat16, so nothing falls back to plain PyTorch."""
+    """All of them serve bfloat16, so nothing falls back to plain PyTorch; asked where Python serves a layer, which the node does not."""
     seen = []
+    monkeypatch.setattr(node, "encoder_layers", lambda *_: None)
     encoder = TransformerEncoder(30, 20, heads=5, layers=1, feedforward_dim=64, dropout=0.1)
     monkeypatch.setattr(backends, "best", lambda op, *facts, best=backends.best: seen.append((op, best(op, *facts))) or seen[-1][1])
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,10 +1,11 @@
-"""The CPU library's tiers as a fixture."""
+"""The CPU library's tiers, and the ways to it, as fixtures."""
 
 from __future__ import annotations
 
 import pytest
 
 from ada2i_fast import cpu
+from ada2i_fast.cpu import node
 
 
 @pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
@@ -14,3 +15,18 @@ def tier(request):
     cpu.set_tier(request.param)
     yield request.param
     cpu.set_tier(before)
+
+
+@pytest.fixture(params=["python", pytest.param("node", marks=pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not())))])
+def route(request, monkeypatch):
+    """Calls of the op that the test file names NODE by way of Python, and as one (`cpu.node`), which then has to take what it gets."""
+    one_call, served = getattr(node, request.module.NODE), []
+
+    def counted(*arguments):
+        found = one_call(*arguments) if request.param == "node" else None
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(node, request.module.NODE, counted)
+    yield request.param
+    assert any(served) == (request.param == "node")

@@ -13,18 +13,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afw_cases import poisoned
 from ada2i_fast import cpu
+from ada2i_fast.cpu import node
 from ada2i_fast.ops import DialogueOffsets, dialogue_attention, encoder_layer, encoder_layers, linear
 from ada2i_fast.ops.dialogue_attention import dialogue_attention_seeded
 from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, relu_dropout, relu_dropout_torch
 
 op = importlib.import_module("ada2i_fast.ops.encoder_layer")       # the package's attribute of this name is the function
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+NODE = "encoder_layers"
+needs_node = pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not()))
 SEED = torch.tensor([-(1 << 41) - 5])
 SEEDS = {"cpu": SEED} | ({"cuda": SEED.cuda()} if torch.cuda.is_available() else {})
 EPS = [(1e-5, 1e-3), (1e-4, 1e-5)]
 AUTOCAST = [None, torch.bfloat16, torch.float16]
 # lengths, width, heads, width inside; of head widths 8, 1, 4, 30 and 33 only the first fills a vector
 CASES = [([7, 3, 5, 1], 8, 1, 16), ([1], 3, 3, 5), ([0, 5, 0, 2], 12, 3, 20), ([33, 1, 40], 90, 3, 77), ([18], 33, 1, 64)]
+
+
+@pytest.fixture(autouse=True)
+def python(request, monkeypatch):
+    """Without `route`, and but for tests of the node itself, layers go by way of Python."""
+    if not {"route", "whole"} & {*request.fixturenames}:
+        monkeypatch.setattr(node, "encoder_layers", lambda *_: None)
+
+
+@pytest.fixture
+def whole():
+    """The node as it is."""
+    if reason := node.why_not():
+        pytest.skip(reason)
 
 
 def case(rows, width, inside, layers=2, seed=0):
@@ -87,11 +104,11 @@ def count(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("library", ["auto", "native"])
+@pytest.mark.parametrize("library", ["auto", "native", "onednn"])
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("lengths,width,heads,inside", CASES)
-def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, autocast, library):
+def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, autocast, library, route):
     """Bit for bit, and every element written; with torch's products between calls of the library, and without. Where the library's product of bf16
     takes bias, ReLU and dropout along, there is a rounding less than in the ops of the same name."""
     monkeypatch.setenv("ADA2I_FAST_LINEAR", library)
@@ -101,14 +118,14 @@ def test_is_the_separate_ops(monkeypatch, lengths, width, heads, inside, p, auto
     poisoned(monkeypatch)
     for i, (got, e) in enumerate(zip(run(nodes, *drawn, lengths, heads, p, autocast=autocast), expected, strict=True)):
         assert got.dtype == e.dtype and torch.equal(got, e), i
-    assert len(made) == 2
+    assert len(made) == (2 if route == "python" else 0)
 
 
 @pytest.mark.parametrize("library", ["auto", "native"])
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("lengths,width,heads,inside", CASES)
-def test_against_float64(tier, lengths, width, heads, inside, p, autocast, library, monkeypatch):
+def test_against_float64(tier, lengths, width, heads, inside, p, autocast, library, monkeypatch, route):
     """In each tensor's norm twice the error of the formula in the same types, and some roundings."""
     monkeypatch.setenv("ADA2I_FAST_LINEAR", library)
     x, parameters, grad = case(sum(lengths), width, inside)
@@ -149,7 +166,7 @@ def test_op_by_op_is_the_node(monkeypatch, p, library, autocast):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_second_derivatives_op_by_op(monkeypatch, p):
     monkeypatch.setattr(op, "_LARGE", 0)
-    test_second_derivatives(p)
+    test_second_derivatives(p, None)
 
 
 def test_one_layer_is_the_first_of_many():
@@ -160,7 +177,7 @@ def test_one_layer_is_the_first_of_many():
 
 
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
-def test_without_gradients(monkeypatch, autocast):
+def test_without_gradients(monkeypatch, autocast, route):
     x, parameters, grad = case(9, 8, 16)
     expected = run(nodes, x, parameters, grad, [4, 5], 2, 0.3, autocast=autocast)[0]
     made = count(monkeypatch)
@@ -169,11 +186,11 @@ def test_without_gradients(monkeypatch, autocast):
         parameters[0][3].requires_grad_()
         with torch.no_grad():
             again = nodes(x, parameters, [4, 5], 2, 0.3)
-    assert torch.equal(z, expected) and torch.equal(again, expected) and not z.requires_grad and not again.requires_grad and len(made) == 4
+    assert torch.equal(z, expected) and torch.equal(again, expected) and not z.requires_grad and not again.requires_grad and len(made) == (4 if route == "python" else 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_second_derivatives(p):
+def test_second_derivatives(p, route):
     """Of the node as of the formula; and its first derivatives are the same with a graph of their own as without."""
     lengths, heads = [4, 0, 2], 2
     x, parameters, grad = case(6, 6, 10)
@@ -192,7 +209,7 @@ def test_second_derivatives(p):
 
 
 @pytest.mark.parametrize("autocast", AUTOCAST[1:], ids=str)
-def test_second_derivatives_under_autocast(autocast):
+def test_second_derivatives_under_autocast(autocast, route):
     """At most twice the error of the separate ops, in each tensor's norm, and some roundings; wherever backward is called from."""
     x, parameters, grad = case(6, 6, 10)
     for layer in parameters:
@@ -211,7 +228,7 @@ def test_second_derivatives_under_autocast(autocast):
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [4], [6], [7], [8], [9], [12], [3, 11], [*range(1, 13)]], ids=str)
-def test_frozen_parameters(monkeypatch, wanted):
+def test_frozen_parameters(monkeypatch, wanted, route):
     """Gradients of what is wanted alone, and no product further down than they need."""
     x, parameters, grad = case(9, 8, 16, layers=1)
     backward, products = op.product_backward, []
@@ -225,11 +242,11 @@ def test_frozen_parameters(monkeypatch, wanted):
     assert all(torch.equal(a, b) for a, b in zip(*results))
     needed = [(any(i < 9 for i in wanted), 9 in wanted, False), (any(i < 7 for i in wanted), 7 in wanted, False),
               (any(i < 3 for i in wanted), 3 in wanted, False), (0 in wanted, 1 in wanted, 2 in wanted)]
-    assert products == needed[:1 + next((i for i, (x, _, _) in enumerate(needed[:3]) if not x), 3)]
+    assert route == "node" or products == needed[:1 + next((i for i, (x, _, _) in enumerate(needed[:3]) if not x), 3)]
 
 
 @pytest.mark.parametrize("autocast", AUTOCAST[:2], ids=str)
-def test_strides_and_repeats(autocast):
+def test_strides_and_repeats(autocast, route):
     """Transposed, sliced and expanded; a second backward gives the same, so nothing that is kept or given was changed."""
     x, parameters, grad = case(12, 8, 16)
     expected = run(nodes, x, parameters, grad, [5, 7], 2, 0.3, autocast=autocast)
@@ -247,7 +264,7 @@ def test_strides_and_repeats(autocast):
     assert all(torch.equal(a, b) for a, b in zip(ones, run(nodes, x, parameters, torch.ones(12, 8), [5, 7], 2, 0.3, autocast=autocast)))
 
 
-def test_threads():
+def test_threads(route):
     """With each number of them what the separate ops give; layers that run at the same time do not meet."""
     lengths, width, heads, inside = CASES[3]
     drawn = case(sum(lengths), width, inside)
@@ -269,7 +286,7 @@ def test_threads():
         torch.set_num_threads(before)
 
 
-def test_keeps_no_more_than_the_separate_ops():
+def test_keeps_no_more_than_the_separate_ops(route):
     lengths, width, heads, inside = CASES[3]
     for autocast in AUTOCAST:
         sizes = []
@@ -286,7 +303,7 @@ def test_keeps_no_more_than_the_separate_ops():
         assert sizes[0] <= sizes[1]
 
 
-def test_seed_comes_from_torch():
+def test_seed_comes_from_torch(route):
     x, parameters, _ = case(9, 8, 16)
     draws = []
     for seed in (1, 1, 2):
@@ -427,6 +444,158 @@ def test_refusals():
         nodes(x[None], parameters, [4, 2], 2, 0.0)
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this input: it computes in float32, not float64"):
         nodes(x.double(), [[t.double() for t in layer] for layer in parameters], [4, 2], 2, 0.0, backend="cpu")
+
+
+# ---- in one call, by cpu.node
+
+
+def one_call(x, parameters, lengths=(4, 5), heads=2, p=0.0, eps=None, seed=SEED, stream=0, out=None):
+    """What `node` says to the arguments that ops.encoder_layers has."""
+    return node.encoder_layers(x, lengths, parameters, heads, p, eps, seed, stream, out)
+
+
+@pytest.mark.parametrize("library", ["auto", "native", "onednn", "mkl"])
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+def test_node_is_what_python_does(monkeypatch, whole, autocast, library):
+    """To the last bit, with a linear map behind the layers, whatever gradients are wanted, also where products have to be measured first, and
+    with torch's generator."""
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", library)
+    rows, width, inside, lengths = 70, 64, 128, [40, 0, 30]     # from 2^19 multiply-adds on it is measured whose products are the fastest
+    x, parameters, _ = case(rows, width, inside)
+    g = torch.Generator().manual_seed(1)
+    out, grad = [torch.randn(33, width, generator=g) / 8, torch.randn(33, generator=g)], torch.randn(rows, 33, generator=g)
+    every = [x, *sum(parameters, []), *out]
+
+    def results(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(every)]
+        torch.manual_seed(3)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            z = encoder_layers(leaves[0], lengths, [leaves[1:13], leaves[13:25]], heads=4, p=0.4, eps=EPS, stream=7, out=leaves[25:])
+            with torch.no_grad():
+                torch.manual_seed(3)
+                assert torch.equal(z, encoder_layers(leaves[0], lengths, [leaves[1:13], leaves[13:25]], heads=4, p=0.4, eps=EPS, stream=7, out=leaves[25:]))
+        found = torch.autograd.grad(z, [leaves[i] for i in wanted], grad.to(z.dtype), retain_graph=True)
+        second = torch.autograd.grad(z, [leaves[i] for i in wanted], grad.to(z.dtype), create_graph=True)
+        return [z, *found, *second]
+
+    called, there = node.encoder_layers, []
+    for wanted in ([*range(27)], [0], [13, 25], [26], [14, 24, 25]):
+        with monkeypatch.context() as patch:
+            patch.setattr(node, "encoder_layers", lambda *_: None)
+            expected = results(wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(node, "encoder_layers", lambda *a: there.append(called(*a)) or there[-1])
+            found = results(wanted)
+        assert None not in there and found[0].grad_fn.name() == "EncoderOutBackward"
+        for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+            same = i <= len(wanted)                             # a whole layer's graph adds gradients up in another order than halves of it
+            assert a.dtype == e.dtype and (torch.equal(a, e) if same else (a - e).norm() <= 1e-2 * e.norm() + 1e-3), (wanted, i)
+
+
+def test_node_declines_what_is_not_plain(monkeypatch, whole):
+    """Then Python serves it, or says what is wrong."""
+    x, parameters, _ = case(9, 8, 16)
+    first, second = parameters
+    out = [torch.zeros(3, 8), torch.zeros(3)]
+    assert one_call(x, parameters) is not None and one_call(x, parameters, out=out) is not None and one_call(x, tuple(map(tuple, parameters))) is not None
+
+    class Own(torch.Tensor):
+        pass
+
+    class Through(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **kwargs or {})
+
+    odd = [x.t(), x.as_subclass(Own), x.to("meta"), x.double(), x.bfloat16(), x.long(), x.t().contiguous().t(), x[None], x[:0], "x", None]
+    assert all(one_call(t, parameters) is None for t in odd)
+    for i, t in enumerate(first):
+        for wrong in (torch.zeros(5), torch.zeros(5, 5), torch.zeros(()), t.double(), t.bfloat16(), t.to("meta"), None):
+            assert one_call(x, [[*first[:i], wrong, *first[i + 1:]], second]) is None, i
+            assert one_call(x, [first, [*second[:i], wrong, *second[i + 1:]]]) is None, i
+    for wrong in ([], None, [first[:11]], [[*first, first[0]]], [first, case(9, 8, 12)[1][0]]):
+        assert one_call(x, wrong) is None
+    for wrong in (out[:1], [out[0].double(), out[1]], [torch.zeros(3, 7), out[1]], [out[0], torch.zeros(2)], [torch.zeros(0, 8), torch.zeros(0)], "no"):
+        assert one_call(x, parameters, out=wrong) is None
+    for wrong in (dict(lengths=[4, 4]), dict(lengths=[4, 6]), dict(lengths=[10, -1]), dict(lengths=[2 ** 70]), dict(lengths=None), dict(lengths=[4.0, 5.0]),
+                  dict(lengths=DialogueOffsets(torch.tensor([0, 4, 9]), 5)), dict(heads=3), dict(heads=0), dict(heads=-2), dict(heads=None), dict(p=1.0),
+                  dict(p=-0.1), dict(p=float("nan")), dict(p="0"), dict(eps=[(1e-5, 1e-5)]), dict(eps=[(1e-5,), (1e-5,)]), dict(eps=[("a", 1e-5)] * 2),
+                  dict(stream=None), dict(p=0.5, seed=torch.zeros(2, dtype=torch.int64)), dict(p=0.5, seed=torch.zeros(1)), dict(p=0.5, seed=3)):
+        assert one_call(x, parameters, **wrong) is None, wrong
+    with torch.autocast("cpu", torch.bfloat16):
+        assert one_call(x, parameters) is not None and one_call(x.bfloat16(), parameters) is None
+    with Through():
+        assert one_call(x, parameters) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert one_call(torch.autograd.forward_ad.make_dual(x, x), parameters) is None
+    found = []
+    torch.func.grad(lambda t: found.append(one_call(t, parameters)) or found.append(one_call(x, parameters)) or t.sum())(x)
+    assert found == [None, None]
+    for forced, served in (("torch", False), ("triton", False), ("cpu", True), ("", True)):
+        monkeypatch.setenv("ADA2I_FAST_BACKEND", forced)
+        assert (one_call(x, parameters) is not None) == served, forced
+
+
+def test_node_keeps_to_the_rules_of_autograd(whole):
+    x, parameters, grad = case(9, 8, 16)
+    leaves = [[t.clone().requires_grad_() for t in layer] for layer in parameters]
+    out = [torch.ones(3, 8).requires_grad_(), torch.zeros(3).requires_grad_()]
+
+    def z():
+        return one_call(x, leaves, p=0.5, out=out)
+
+    made = z()
+    names = [made.grad_fn.name()]
+    step = made.grad_fn
+    while (step := step.next_functions[0][0]) is not None:
+        names.append(step.name())
+    assert names == ["EncoderOutBackward", *["EncoderInnerBackward", "EncoderAttentionBackward"] * 2]
+    made.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        made.sum().backward()
+    once = [t.grad.clone() for t in sum(leaves, out)]
+    z().sum().backward()                                        # accumulates
+    assert all(torch.equal(t.grad, 2 * g) for t, g in zip(sum(leaves, out), once))
+    for changed in (leaves[0][0], leaves[1][6], leaves[0][10], out[0]):
+        made = z()
+        with torch.no_grad():
+            changed.add_(0.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            made.sum().backward()
+    made = one_call(x, parameters)                              # nobody wants a gradient
+    assert made.grad_fn is None and not made.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(one_call(x, leaves), made)
+
+    def gradients(function):
+        return torch.autograd.grad(function(*leaves[0]), leaves[0])
+
+    def loss(*layer):
+        return (one_call(x, [layer, leaves[1]], p=0.5) * grad).sum()
+
+    again = gradients(lambda *t: torch.utils.checkpoint.checkpoint(loss, *t, use_reentrant=False))
+    assert all(map(torch.equal, gradients(loss), again))
+
+    def refuses(t):
+        raise KeyError("a hook's own error")
+
+    with pytest.raises(KeyError, match="a hook's own error"), torch.autograd.graph.saved_tensors_hooks(refuses, lambda t: t):
+        z()
+    with pytest.raises(KeyError, match="a hook's own error"):
+        made = z()
+        with torch.autograd.graph.saved_tensors_hooks(refuses, lambda t: t):
+            torch.autograd.grad(made.sum(), leaves[0], create_graph=True)
+
+
+def test_node_shows_in_a_profile(whole, monkeypatch):
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", "native")
+    x, parameters, grad = case(9, 8, 16, layers=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        run(nodes, x, parameters, grad, [4, 5], 2, 0.5)
+    names = [e.name for e in trace.events() if e.name.startswith("ada2i_")]
+    there = ["linear", "dialogue_attention", "linear", "dropout_norm", "linear", "linear", "dropout_norm"]
+    assert names[:7] == [f"ada2i_{n}_forward" for n in there]
+    assert sorted(names[7:]) == sorted([*(f"ada2i_{n}_backward" for n in ["dropout_norm", "relu_dropout", "dropout_norm", "dialogue_attention"]),
+                                        *["ada2i_linear_input", "ada2i_linear_backward"] * 4])
 
 
 # ---- on a GPU: nodes over the Triton kernels

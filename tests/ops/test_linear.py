@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import random
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from afw_cases import assert_same_bits_with_threads, guarded
-from ada2i_fast import cpu
+from ada2i_fast import backends, cpu
 from ada2i_fast.ops import linear
 
 op = importlib.import_module("ada2i_fast.ops.linear")      # the package's attribute of this name is the function
@@ -443,6 +444,51 @@ def test_products_of_strided_and_empty_tensors(tier, dtype):
         assert y.shape == bare.shape == (rows, outputs) and grad_x.shape == (rows, inputs)
         assert not bare.numel() or torch.equal(bare, torch.zeros_like(bare) if not inputs else expected[1])
         assert not grad_x.numel() or torch.equal(grad_x, torch.zeros_like(grad_x) if not outputs else expected[2])
+
+
+@needs_native
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+@pytest.mark.parametrize("name", op.LIBRARIES)
+def test_plans_what_is_done(tier, name, dtype, small, monkeypatch):
+    """Whichever of the candidates is the fastest, `planned` says whose the products are, as soon as all are measured."""
+    if name == "onednn" and op.why_no_onednn():
+        pytest.skip(op.why_no_onednn())
+    monkeypatch.setenv("ADA2I_FAST_LINEAR", name)
+    monkeypatch.setattr(op, "_SMALL", 1 << 60 if small else 0)
+    x, w, b, grad = case(40, 24, 16)
+    if dtype != torch.float32:
+        grad = grad.to(dtype)
+    used = set()
+
+    def seen(what, run):
+        return lambda *a: (used.add(what), run(*a))[1]
+
+    own = backends.module("linear", "cpu")
+    for kind, function in (("forward", "forward"), ("input", "input_gradient"), ("weight", "backward")):
+        monkeypatch.setattr(own, function, seen((kind, "native"), getattr(own, function)))
+        if "onednn" in op._RUN[kind]:
+            monkeypatch.setitem(op._RUN, kind, {**op._RUN[kind], "onednn": seen((kind, "onednn"), op._RUN[kind]["onednn"])})
+    monkeypatch.setattr(op, "_PARAMETERS", {**op._PARAMETERS, "native": seen(("weight", "native"), op._backward)})
+    found = set()
+    for seed in range(20):
+        pick = random.Random(seed)
+        monkeypatch.setattr(op, "_chosen", {})
+        monkeypatch.setattr(op, "_measure", lambda runs, *a, **_: pick.choice([*runs]))
+        for bias in (True, False):
+            plan = [op.planned(dtype, rows, ((24, 16, bias),), gradients) for rows in (40, 33) for gradients in (False, True)]
+            used.clear()
+            y, kept = op.product_forward(x, w, b, False, dtype)
+            with torch.no_grad():
+                op.product_backward(grad, kept, True, True, bias, torch.float32)
+            done = tuple(3 if kept[3] is None and kind != "weight" else 2 if (kind, "native") in used else 1 if (kind, "onednn") in used else 0
+                         for kind in ("forward", "input", "weight"))
+            after = [op.planned(dtype, rows, ((24, 16, bias),), gradients) for rows in (40, 33) for gradients in (False, True)]
+            assert after == [(done[0], 0, 0), done] * 2 and all(before in (None, now) for before, now in zip(plan, after)), seed
+            found.add(done)
+    if not small and name == "auto":
+        able = cpu.tier() in (cpu.FLOAT32_TIERS if dtype == torch.float32 else cpu.BF16_TIERS)
+        assert len(found) > 1 or dtype != torch.float32 and not able
 
 
 @needs_native
