@@ -234,7 +234,7 @@ def check_version(found: int | None, version: int) -> None:
 def info() -> dict[str, str]:
     """What was built, for what, with what, and why not the rest: a line per backend."""
     lines = {}
-    for line, name, package in (("backend cpu", "cpu", ".cpu"), ("cpu, AFW in one call", "torch", ".cpu.node"), ("backend cuda", "cuda", ".cuda")):
+    for line, name, package in (("backend cpu", "cpu", ".cpu"), ("cpu, layers in one call", "torch", ".cpu.node"), ("backend cuda", "cuda", ".cuda")):
         reason = importlib.import_module(package, __package__).why_not()
         described = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in build_facts(name).items()
                               if key not in ("library", "reason"))

@@ -159,6 +159,8 @@ def attribute(events, case: Case) -> dict[str, float]:
             if e.name.startswith(SPAN):
                 return e.name.removeprefix(SPAN)
             if e.name.startswith("autograd::engine"):
+                if ": Encoder" in e.name:       # nodes in C++ (csrc/torch), whose number no forward event has
+                    return ENCODER
                 number = e.sequence_nr
                 if number not in made_in:
                     at = forward.get(number)

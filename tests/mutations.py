@@ -49,7 +49,7 @@ ENCODER = "ada2i_fast/ops/encoder_layer.py"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
-NODE = "csrc/torch/afw_layer.cpp"
+NODE, NODES, ENCODER_NODE = (f"csrc/torch/{name}" for name in ("afw_layer.cpp", "common.h", "encoder_layers.cpp"))
 
 MUTANTS = [
     # ---- the algebra in PyTorch
@@ -247,10 +247,23 @@ MUTANTS = [
            "the first projections' gradients go into the state"),
     Mutant("node", "bound", NODE, "end += (bytes[kind] + 63) / 64 * 64;", "end += bytes[kind] / 64 * 64;", "what the state holds overlaps"),
     Mutant("node", "bound", NODE, "at[layer.dialogues] == rows && std", "std", "offsets may end beyond the rows"),
-    Mutant("node", "bound", NODE, "l < 0 || l >= layer.m", "l < 0 || l > layer.m", "a ring of modalities that are not there"),
-    Mutant("node", "mask", NODE, "!t._fw_grad(0).defined()", "true", "derivatives of forward mode are lost"),
+    Mutant("node", "bound", NODE, "*to >= layer.m", "*to > layer.m", "a ring of modalities that are not there"),
+    Mutant("node", "mask", NODES, "!t._fw_grad(0).defined()", "true", "derivatives of forward mode are lost"),
     Mutant("node", "mask", NODE, "if (graph && !with_loss) return py::none();", "", "a graph without a loss"),
-    Mutant("node", "mask", NODE, "for (auto& s : saved) s.reset_data();", "", "backward twice through the same graph"),
+    Mutant("node", "mask", NODES, "for (auto& s : saved) s.reset_data();", "", "backward twice through the same graph"),
+    # ---- an encoder in one call
+    Mutant("node", "sign", ENCODER_NODE, "into.add_(found)", "into.sub_(found)", "a product's gradient is taken from the other one"),
+    Mutant("node", "scale", ENCODER_NODE, "-0.5);", "-0.25);", "scores divided by the fourth root"),
+    Mutant("node", "index", ENCODER_NODE, "halves.back().stream + s.heads + 1", "halves.back().stream + s.heads", "the inner dropout has the outer one's mask"),
+    Mutant("node", "index", ENCODER_NODE, "stream + i * (s.heads + 3)", "stream + i * s.heads", "layers share masks"),
+    Mutant("node", "index", ENCODER_NODE, "norm.x, k[kMiddle])", "k[kMiddle].narrow(1, 0, s.width), k[kMiddle])", "W_2's gradient from what it multiplied"),
+    Mutant("node", "index", ENCODER_NODE, "else if (needs[1 + kQkvBias])", "else if (needs[1 + kQkvWeight])", "no gradient of b_qkv without W_qkv's"),
+    Mutant("node", "bound", ENCODER_NODE, "return s.starts.back() == s.rows;", "return true;", "dialogues may end before the rows"),
+    Mutant("node", "bound", ENCODER_NODE, "has_shape(inner[Inner::kWeight2], width, inside)", "true", "W_2 of any shape"),
+    Mutant("node", "bound", ENCODER_NODE, "any(needs, 1 + kOutWeight)", "any(needs, kOutWeight)", "of W_qkv's bias alone no gradient"),
+    Mutant("node", "mask", ENCODER_NODE, "by != kRounds) (*this)[place]", "true) (*this)[place]", "a weight that the library rounds comes rounded"),
+    Mutant("node", "scale", ENCODER_NODE, "const bool adds = into.defined() && g.scalar_type() == at::kFloat;", "const bool adds = into.defined();", "16 bits are added to floats as they lie"),
+    Mutant("node", "mask", ENCODER_NODE, "if (codes.size() != ", "if (codes.size() > ", "products are done before it is known by whom"),
 ]
 
 # Backend: (build or None, tests, seconds for one run). Commands run in the copy. Triton has a runner of its own.
@@ -264,7 +277,7 @@ BACKENDS = {
         "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "encoder_layer",
         "balanced_adam"))], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
-    "node": (BUILD, [*PYTEST, "tests/ops/test_afw_layer.py", "-k", "node"], 600),
+    "node": (BUILD, [*PYTEST, "tests/ops/test_encoder_layer.py", "tests/ops/test_afw_layer.py", "-k", "node"], 600),
 }
 LIBRARIES = {"cpu": "cpu", "node": "torch"}
 NAMES = (*BACKENDS, "triton")

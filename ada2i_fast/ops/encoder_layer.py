@@ -12,6 +12,8 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
+On a CPU `cpu.node` takes an encoder in one call, where that is there and everything is plain; what follows is for all that it declines.
+
 A layer is one node of the graph that calls the backend without registered ops between, on a CPU one that is not large: the same numbers, on
 a CPU to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic. On a CPU the library's
 calls of all layers, and those of one layer's gradients, happen `together` as far as they can, and the inner product with its ReLU and dropout is

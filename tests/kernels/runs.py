@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+EARLY = "_ada2i_cases"           # where pytest's config holds a `Run` that began before its tests did
+CORES = min(16, os.cpu_count() or 1)
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 
 
@@ -22,15 +23,42 @@ def keys(table: str) -> list[str]:
     raise KeyError(table)
 
 
+class Run:
+    """The cases, shared by processes of one thread each."""
+
+    def __init__(self, *options: str, processes: int = CORES) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._options, self._processes = options, []
+        self.fill(processes)
+
+    def fill(self, processes: int = CORES) -> None:
+        """So many of them from now on; what has begun goes on."""
+        folder = Path(self._folder.name)
+        for i in range(len(self._processes), processes):
+            with open(folder / f"out.{i}", "w") as out, open(folder / f"err.{i}", "w") as err:
+                self._processes.append(subprocess.Popen([sys.executable, SCRIPT, *self._options, "--claims", folder / "claims"], stdout=out, stderr=err))
+
+    def results(self) -> dict[str, list]:
+        """The cases' checks."""
+        found, folder = {}, Path(self._folder.name)
+        for i, process in enumerate(self._processes):
+            assert process.wait() == 0, (folder / f"err.{i}").read_text()[-4000:]
+            found |= {line["case"]: line["checks"] for line in map(json.loads, (folder / f"out.{i}").read_text().splitlines())}
+        return found
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
+
+
 def results(*options: str) -> dict[str, list]:
-    """The cases' checks; each runs on one thread, so a process per core shares them."""
-    processes = min(16, os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as claims, ThreadPoolExecutor(processes) as pool:
-        runs = list(pool.map(lambda _: subprocess.run([sys.executable, SCRIPT, *options, "--claims", claims], capture_output=True, text=True),
-                             range(processes)))
-    for run in runs:
-        assert run.returncode == 0, run.stderr[-4000:]
-    return {line["case"]: line["checks"] for run in runs for line in map(json.loads, run.stdout.splitlines())}
+    run = Run(*options)
+    try:
+        return run.results()
+    finally:
+        run.stop()
 
 
 def beyond(checks: list) -> list:

@@ -12,7 +12,7 @@ if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.sp
     pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
 
 import encoder_cases  # noqa: E402
-from runs import beyond, keys, results  # noqa: E402
+from runs import EARLY, Run, beyond, keys, results  # noqa: E402
 
 CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
          *keys("LIBRARY_RING"), *keys("LIBRARY_MAPPING"),
@@ -21,8 +21,10 @@ CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-sc
 
 
 @pytest.fixture(scope="module")
-def quick() -> dict[str, list]:
-    return results()
+def quick(request) -> dict[str, list]:
+    run = getattr(request.config, EARLY, None) or Run()
+    run.fill()
+    return run.results()
 
 
 @pytest.mark.parametrize("case", CASES)
