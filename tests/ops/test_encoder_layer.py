@@ -492,6 +492,22 @@ def test_node_is_what_python_does(monkeypatch, whole, autocast, library):
             assert a.dtype == e.dtype and (torch.equal(a, e) if same else (a - e).norm() <= 1e-2 * e.norm() + 1e-3), (wanted, i)
 
 
+def test_node_leaves_measurements_to_python(monkeypatch, whole):
+    """Until it is known whose the products are; without gradients the forward ones are enough."""
+    monkeypatch.delenv("ADA2I_FAST_LINEAR", raising=False)
+    products = importlib.import_module("ada2i_fast.ops.linear")
+    monkeypatch.setattr(products, "_SMALL", 0)
+    monkeypatch.setattr(products, "_chosen", {})
+    x, parameters, grad = case(9, 8, 16)
+    with torch.no_grad():
+        assert one_call(x, parameters) is None
+        nodes(x, parameters, [4, 5], 2, 0.0)
+        assert one_call(x, parameters) is not None
+    assert one_call(x, parameters) is None
+    run(nodes, x, parameters, grad, [4, 5], 2, 0.0)
+    assert one_call(x, parameters) is not None
+
+
 def test_node_declines_what_is_not_plain(monkeypatch, whole):
     """Then Python serves it, or says what is wrong."""
     x, parameters, _ = case(9, 8, 16)
