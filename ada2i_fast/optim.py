@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .cpu import node
 from .balance import modulation_coefficients, spread
 from .ops import balanced_adam
 
@@ -27,8 +28,9 @@ class _Table:
                  encoders: list[str | None]) -> None:
         self.params, self.numbers, self._encoders = params, numbers, encoders
         self.step = torch.stack([state["step"].to(params[0].device) for state in states]).float()
-        self._steps = list(self.step.unbind())
-        for state, step in zip(states, self._steps):
+        self.steps = list(self.step.unbind())
+        self.places = torch.tensor(numbers)
+        for state, step in zip(states, self.steps):
             state["step"] = step
         self.sizes = self._tensor([p.numel() for p in params])
         self._groups, self._host = self._tensor(groups, torch.int64), None
@@ -40,7 +42,7 @@ class _Table:
 
     def fits(self, params: list[Tensor], states: list[dict]) -> bool:
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params)) and \
-            all(state.get("step") is step for state, step in zip(states, self._steps))
+            all(state.get("step") is step for state, step in zip(states, self.steps))
 
     def refresh(self, groups: list[dict]) -> None:
         """Copies what has changed in `param_groups`, in place; a learning rate on the device is read by the device each time."""
@@ -106,9 +108,12 @@ class BalancedAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reason = self.why_not_fused(ratio)
+        gathered = None
+        if self.table is not None and self.backend in ("auto", "cpu") and not torch.compiler.is_compiling():
+            gathered = node.balanced_adam([group["params"] for group in self.param_groups], self.state, self.table.params, self.table.steps)
+        reason = self._why_not_configured(ratio) if gathered else self.why_not_fused(ratio)
         if reason is None:
-            self._fused(ratio)
+            self._fused(ratio, gathered)
         elif self.backend in ("auto", "torch"):
             self._plain(ratio)
         else:
@@ -119,6 +124,9 @@ class BalancedAdam(torch.optim.Adam):
 
     def why_not_fused(self, ratio: Mapping | None) -> str | None:
         """Why a step with such a ratio is not one multi-tensor pass but plain PyTorch, or None. Looks at the gradients there are."""
+        return self._why_not_configured(ratio) or self._why_not_tensors()
+
+    def _why_not_configured(self, ratio: Mapping | None) -> str | None:
         config = self.config
         if self.backend == "torch":
             return "it is not asked for"
@@ -131,6 +139,9 @@ class BalancedAdam(torch.optim.Adam):
                 return "amsgrad, maximize and differentiable are Adam's own"
             if group["betas"] != self.param_groups[0]["betas"] or group["eps"] != self.param_groups[0]["eps"]:
                 return "groups differ in betas or eps"
+        return None
+
+    def _why_not_tensors(self) -> str | None:
         # Through `map`, for there are hundreds, at every step.
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params]
@@ -151,14 +162,19 @@ class BalancedAdam(torch.optim.Adam):
             return "the native library is not there, or ADA2I_FAST_BACKEND=torch"
         return None
 
-    def _fused(self, ratio: Mapping[str, Tensor] | None) -> None:
-        """Everything happens where the parameters are, and nothing is asked back: a CUDA graph can hold it."""
-        config, table = self.config, self._prepared()
+    def _fused(self, ratio: Mapping[str, Tensor] | None, gathered: object | None) -> None:
+        """Everything happens where the parameters are, and nothing is asked back: a CUDA graph can hold it. gathered: from `cpu.node`, or None."""
+        config, table = self.config, self.table if gathered else self._prepared()
         if table is None:
             self.last_norm = torch.zeros(())
             return
         params, device, backend = table.params, table.sizes.device, table.sizes.device.type
-        grads = [p.grad for p in params]
+        if gathered:
+            table.refresh(self.param_groups)
+            measures = gathered.measure()
+        else:
+            grads = [p.grad for p in params]
+            measures = balanced_adam.measure(grads, backend=backend)
         table.step.add_(1)
         ratios = key = None
         if ratio is not None:
@@ -166,12 +182,17 @@ class BalancedAdam(torch.optim.Adam):
             if config.noise != "none":
                 key = torch.randint(2 ** 63 - 1, (1,), device=device)
         beta1, beta2 = self.param_groups[0]["betas"]
-        settings, self.last_norm, seed = balanced_adam.settings(
-            balanced_adam.measure(grads, backend=backend), table.sizes, table.step, table.lr, table.decay, table.owner(tuple(ratio or ())),
+        made, self.last_norm, seed = balanced_adam.settings(
+            measures, table.sizes, table.step, table.lr, table.decay, table.owner(tuple(ratio or ())),
             ratios, key, noise=config.noise, clip_norm=config.clip_norm, clip_first=config.clip_order == "before", alpha=config.alpha,
             beta1=beta1, beta2=beta2, backend=backend)
+        if key is None:
+            seed = None
+        if gathered:
+            gathered.update(made, table.places, seed, beta1, beta2, self.param_groups[0]["eps"])
+            return
         balanced_adam.update(params, grads, [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params],
-                             settings, numbers=table.numbers, seed=None if key is None else seed, beta1=beta1, beta2=beta2,
+                             made, numbers=table.numbers, seed=seed, beta1=beta1, beta2=beta2,
                              eps=self.param_groups[0]["eps"], backend=backend)
 
     def _prepared(self) -> _Table | None:

@@ -49,7 +49,7 @@ ENCODER = "ada2i_fast/ops/encoder_layer.py"
 FUSION, CPU_FUSION = "ada2i_fast/ops/cosine_fusion.py", "csrc/cpu/cosine_fusion.inl"
 CUDA_RING, CUDA_MAPPING, CUDA_TILE = "csrc/cuda/tensor_ring.cuh", "csrc/cuda/attention_mapping.cuh", "csrc/cuda/tile.cuh"
 CUDA_ADAM = "csrc/cuda/balanced_adam.cuh"
-NODE, NODES, ENCODER_NODE = (f"csrc/torch/{name}" for name in ("afw_layer.cpp", "common.h", "encoder_layers.cpp"))
+NODE, NODES, ENCODER_NODE, ADAM_NODE = (f"csrc/torch/{name}" for name in ("afw_layer.cpp", "common.h", "encoder_layers.cpp", "balanced_adam.cpp"))
 
 MUTANTS = [
     # ---- the algebra in PyTorch
@@ -264,6 +264,11 @@ MUTANTS = [
     Mutant("node", "mask", ENCODER_NODE, "by != kRounds) (*this)[place]", "true) (*this)[place]", "a weight that the library rounds comes rounded"),
     Mutant("node", "scale", ENCODER_NODE, "const bool adds = into.defined() && g.scalar_type() == at::kFloat;", "const bool adds = into.defined();", "16 bits are added to floats as they lie"),
     Mutant("node", "mask", ENCODER_NODE, "if (codes.size() != ", "if (codes.size() > ", "products are done before it is known by whom"),
+    # ---- the optimiser's tensors
+    Mutant("node", "index", ADAM_NODE, "point({&params, &grads, &exp_avg, &exp_avg_sq});", "point({&params, &grads, &exp_avg_sq, &exp_avg});", "the moments change places"),
+    Mutant("node", "mask", ADAM_NODE, "PyDict_GetItem(of, step) != PyList_GET_ITEM(steps.ptr(), at)", "!PyDict_GetItem(of, step)", "another step's state counts as the table's"),
+    Mutant("node", "bound", ADAM_NODE, "if (found->sizes.size() != count) return py::none();", "", "a table of more parameters than have a gradient"),
+    Mutant("node", "mask", ADAM_NODE, "t.unsafeGetTensorImpl()->bump_version();", "(void)t;", "a graph does not notice a step"),
 ]
 
 # Backend: (build or None, tests, seconds for one run). Commands run in the copy. Triton has a runner of its own.
@@ -277,7 +282,7 @@ BACKENDS = {
         "afw_layer", "tensor_ring", "attention_mapping", "cosine_fusion", "linear", "dropout_fused", "dialogue_attention", "encoder_layer",
         "balanced_adam"))], 600),
     "cuda": (None, [*PYTEST, "tests/cuda_shim/test_kernels.py"], 900),
-    "node": (BUILD, [*PYTEST, "tests/ops/test_encoder_layer.py", "tests/ops/test_afw_layer.py", "-k", "node"], 600),
+    "node": (BUILD, [*PYTEST, "tests/ops/test_encoder_layer.py", "tests/ops/test_afw_layer.py", "tests/test_optim.py", "-k", "node or notices"], 600),
 }
 LIBRARIES = {"cpu": "cpu", "node": "torch"}
 NAMES = (*BACKENDS, "triton")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
+from ada2i_fast.cpu import node
 from ada2i_fast.balance import disparity_ratio, modulation_coefficients
 from model_cases import padded_case, small_config, spread_parameters
 
@@ -191,6 +192,126 @@ def test_weakest_modality_keeps_its_gradient_and_gets_noise():
     BalancedAdam(model).step(RATIO)
     changed = {name for name, p in model.named_parameters() if p.grad is not None and not torch.equal(p.grad, before[name])}
     assert changed == {name for name in before if name.startswith("net.encoder")}
+
+
+# ---- what it asks of its tensors in one call, by cpu.node
+
+NODE = pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not()))
+
+
+@NODE
+@pytest.mark.parametrize("noise", ["none", "gradient", "parameter"])
+def test_node_is_what_python_does(noise, monkeypatch):
+    """To the last bit, while gradients, states, rates and parameters come and go between steps; what does not fit the table is for Python."""
+    def ends(one_call):
+        _, model, grads = float32_pair(noise=noise, weight_decay=0.1)
+        params, served = list(model.parameters()), []
+
+        def watched(*arguments):
+            found = one_call(*arguments)
+            served.append(found is not None)
+            return found
+
+        monkeypatch.setattr(node, "balanced_adam", watched)
+        optimizer = BalancedAdam(model, params=[dict(params=params[:9]), dict(params=params[9:-2], lr=3e-3)])
+        torch.manual_seed(7)
+
+        def step(ratio=RATIO):
+            for i, p in enumerate(params):
+                if p.grad is not None:
+                    p.grad.copy_(grads[len(served) % 4][i])
+            optimizer.step(ratio)
+
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        step()                                                  # no table yet: the node is not asked
+        step()
+        step(None)
+        params[3].grad = None
+        step()
+        step()
+        params[3].grad = torch.zeros_like(params[3])
+        step()
+        optimizer.param_groups[0]["lr"] = 5e-3
+        step()
+        square = next(p for p in params if p.dim() == 2 and 1 not in p.shape)
+        square.grad = square.grad.t().contiguous().t()
+        step()
+        square.grad = square.grad.contiguous()
+        step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step()
+        step()
+        optimizer.state[params[5]]["exp_avg"] = optimizer.state[params[5]]["exp_avg"] + 1.0
+        step()
+        optimizer.add_param_group(dict(params=params[-2:]))
+        step()
+        step()
+        optimizer.param_groups[1]["params"].pop()
+        step()
+        return [t.clone() for p in params for t in (p.detach(), *optimizer.state.get(p, {}).values())] + [optimizer.last_norm], served
+
+    expected, _ = ends(lambda *_: None)
+    found, served = ends(NODE_CALL)
+    assert len(expected) > 4 * 100 and all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+    assert served == [True, True, False, True, False, True, False, True, True, True, False, True, False], served
+
+
+NODE_CALL = node.balanced_adam
+
+
+@NODE
+def test_node_declines_what_is_not_plain(monkeypatch):
+    _, model, grads = float32_pair()
+    params = list(model.parameters())
+    for p, g in zip(params, grads[0]):
+        p.grad = g.clone()
+    optimizer = BalancedAdam(model)
+    optimizer.step()
+
+    def gathered(groups=None, state=None):
+        return node.balanced_adam([group["params"] for group in optimizer.param_groups] if groups is None else groups,
+                                  optimizer.state if state is None else state, optimizer.table.params, optimizer.table.steps)
+
+    assert gathered() is not None and gathered([params[:4], tuple(params[4:])]) is not None
+    for groups in ([params[1:]], [params[:-1]], [params[::-1]], [[*params, torch.nn.Parameter(params[0].detach())]][:0], [[None]], [["p"]], []):
+        assert gathered(groups) is None, groups
+    p, own = params[0], optimizer.state[params[0]]
+    for wrong in (None, p.grad.to_sparse(), torch.zeros(p.shape).expand_as(p).t().contiguous().t() if p.dim() == 2 else None):
+        kept, p.grad = p.grad, wrong
+        assert gathered() is None
+        p.grad = kept
+    for change in (dict(exp_avg=own["exp_avg"].double()), dict(exp_avg_sq=torch.zeros(3)), dict(exp_avg=None), dict(step=own["step"].clone())):
+        assert gathered(state={**optimizer.state, p: {**own, **change}}) is None, change
+    for wrong in ({}, {**optimizer.state, p: None}, {**optimizer.state, p: {}}):
+        assert gathered(state=wrong) is None
+    found = gathered()
+    settings, numbers = torch.zeros(len(params), 6, dtype=torch.float64), torch.arange(len(params))
+    for wrong in ((settings.float(), numbers), (settings[1:], numbers), (settings, numbers[1:]), (settings, numbers.int())):
+        with pytest.raises(ValueError, match="settings, numbers: expected float64"):
+            found.update(*wrong, None, 0.9, 0.999, 1e-8)
+    with pytest.raises(ValueError, match="seed: expected int64"):
+        found.update(settings, numbers, torch.zeros(1), 0.9, 0.999, 1e-8)
+    monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
+    assert gathered() is None
+
+
+@NATIVE
+@pytest.mark.parametrize("one_call", [False, pytest.param(True, marks=NODE)])
+def test_a_graph_notices_a_step(one_call, monkeypatch):
+    """That has saved parameters: its gradients would be those of others."""
+    if not one_call:
+        monkeypatch.setattr(node, "balanced_adam", lambda *_: None)
+    _, model, grads = float32_pair()
+    for p, g in zip(model.parameters(), grads[0]):
+        p.grad = g.clone()
+    optimizer = BalancedAdam(model)
+    optimizer.step()
+    p = next(p for p in model.parameters() if p.dim() == 2)
+    loss = (p * p).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_is_an_ordinary_optimizer():

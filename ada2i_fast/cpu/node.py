@@ -1,5 +1,5 @@
-"""A layer of AFW, or the layers of an encoder, on the CPU in one call: `lib/libada2i_torch.so` (csrc/torch) checks, brings memory, calls the
-library and makes the nodes of autograd's graph.
+"""A layer of AFW, the layers of an encoder, or what BalancedAdam does with its tensors, on the CPU in one call: `lib/libada2i_torch.so`
+(csrc/torch) checks, brings memory, calls the library and makes the nodes of autograd's graph.
 
 In Python, which `ops` is, that takes as long as ten short dialogues' arithmetic, and longer where arithmetic has emptied the caches.
 The library is built for one version of torch and of Python; where others run, or what it is given is not plain, Python does the same.
@@ -20,7 +20,7 @@ from . import PATH as CPU_PATH
 from . import address, flush
 from . import why_not as why_no_library
 
-__all__ = ["afw_layer", "encoder_layers", "why_not"]
+__all__ = ["afw_layer", "balanced_adam", "encoder_layers", "why_not"]
 
 PATH = CPU_PATH.with_name("libada2i_torch.so")
 ABI_VERSION = 2
@@ -66,6 +66,12 @@ def encoder_layers(*arguments: object) -> torch.Tensor | None:
     """x, lengths, layers, heads, p, eps, seed, stream and out, as `ops.encoder_layers` takes them; its result, or None where these are for
     Python, which is also where products have still to be measured."""
     return _called("encoder_layers", arguments)
+
+
+def balanced_adam(*arguments: object) -> object | None:
+    """Lists of parameters, the optimiser's state, and the parameters and steps of a table of `optim`: if that fits them still, what makes the
+    library's two passes over them and their gradients, `measure()` and `update(settings, numbers, seed, beta1, beta2, eps)`."""
+    return _called("balanced_adam", arguments)
 
 
 def _called(name: str, arguments: tuple) -> object:

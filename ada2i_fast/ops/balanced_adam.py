@@ -184,6 +184,8 @@ def update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[
     _check_numbers(numbers, params)
     backend = backends.choose("balanced_adam", [p.detach().reshape(1, -1) for p in params[:1]], backend)
     torch.ops.ada2i_fast.balanced_adam_update(params, grads, exp_avg, exp_avg_sq, settings, numbers, seed, beta1, beta2, eps, backend)
+    if not torch.compiler.is_compiling():                       # for graphs that have saved them: the kernels write past torch
+        torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq])
 
 
 def _check_numbers(numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:

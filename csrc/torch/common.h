@@ -178,5 +178,6 @@ struct Brought {
 
 Brought bring_afw_layer(py::module& module);
 Brought bring_encoder_layers(py::module& module);
+Brought bring_balanced_adam(py::module& module);
 
 }  // namespace ada2i

@@ -6,7 +6,7 @@
 PYBIND11_MODULE(ada2i_torch, module) {
   module.attr("ABI_VERSION") = 2;
   static std::vector<ada2i::Brought> brought;      // once a process: pybind keeps the module
-  brought = {ada2i::bring_afw_layer(module), ada2i::bring_encoder_layers(module)};
+  brought = {ada2i::bring_afw_layer(module), ada2i::bring_encoder_layers(module), ada2i::bring_balanced_adam(module)};
   // address: of a function of libada2i_cpu, by its name. parameter: torch.nn.Parameter. callbacks: by name, what the files ask Python for.
   module.def("use", [](py::function address, py::object parameter, py::kwargs callbacks) {
     for (auto& [functions, asked] : brought) {
