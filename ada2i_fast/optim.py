@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .cpu import node
 from .balance import modulation_coefficients, spread
+from .cpu import node
 from .ops import balanced_adam
 
 __all__ = ["BalancedAdam"]
@@ -21,7 +21,8 @@ _DTYPE, _LAYOUT, _DEVICE = map(operator.attrgetter, ("dtype", "layout", "device"
 class _Table:
     """What a step needs to know of T parameters, on their device.
 
-    step: float32 [T], of which the states' `step` are views. sizes, lr, decay: float64 [T].
+    step: float32 [T], of which the states' `step` are views, in a list `steps`. sizes, lr, decay: float64 [T]. numbers: T that tell the tensors'
+    noise apart; places: the same, int64 [T], on the CPU.
     """
 
     def __init__(self, params: list[Tensor], numbers: list[int], states: list[dict], groups: list[int],
@@ -29,7 +30,7 @@ class _Table:
         self.params, self.numbers, self._encoders = params, numbers, encoders
         self.step = torch.stack([state["step"].to(params[0].device) for state in states]).float()
         self.steps = list(self.step.unbind())
-        self.places = torch.tensor(numbers)
+        self.places = torch.tensor(numbers, device="cpu")
         for state, step in zip(states, self.steps):
             state["step"] = step
         self.sizes = self._tensor([p.numel() for p in params])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
-from ada2i_fast.cpu import node
 from ada2i_fast.balance import disparity_ratio, modulation_coefficients
+from ada2i_fast.cpu import node
 from model_cases import padded_case, small_config, spread_parameters
 
 RATIO = {"a": torch.tensor(1.0), "t": torch.tensor(2.5), "v": torch.tensor(1.2)}
@@ -287,11 +287,11 @@ def test_node_declines_what_is_not_plain(monkeypatch):
         assert gathered(state=wrong) is None
     found = gathered()
     settings, numbers = torch.zeros(len(params), 6, dtype=torch.float64), torch.arange(len(params))
-    for wrong in ((settings.float(), numbers), (settings[1:], numbers), (settings, numbers[1:]), (settings, numbers.int())):
+    for wrong in ((settings.to("meta"), numbers), (settings, numbers.to("meta")), (settings.float(), numbers), (settings[1:], numbers), (settings, numbers[1:]), (settings, numbers.int())):
         with pytest.raises(ValueError, match="settings, numbers: expected float64"):
             found.update(*wrong, None, 0.9, 0.999, 1e-8)
     with pytest.raises(ValueError, match="seed: expected int64"):
-        found.update(settings, numbers, torch.zeros(1), 0.9, 0.999, 1e-8)
+        found.update(settings, numbers, torch.zeros(2), 0.9, 0.999, 1e-8)
     monkeypatch.setenv("ADA2I_FAST_BACKEND", "torch")
     assert gathered() is None
 

@@ -28,10 +28,10 @@ struct Gathered {
   // settings: float64 [T, 6]. numbers: int64 [T]. seed: int64 [2], or None without noise.
   void updated(const Tensor& settings, const Tensor& numbers, const std::optional<Tensor>& seed, double beta1, double beta2, double eps) {
     const int64_t count = sizes.size();
-    TORCH_CHECK_VALUE(settings.is_contiguous() && settings.scalar_type() == at::kDouble && has_shape(settings, count, 6) && has_shape(numbers, count) &&
-                          numbers.is_contiguous() && numbers.scalar_type() == at::kLong,
-                      "settings, numbers: expected float64 [", count, ", 6] and int64 [", count, "]");
-    TORCH_CHECK_VALUE(!seed || (seed->scalar_type() == at::kLong && seed->is_contiguous() && seed->numel() == 2), "seed: expected int64 [2]");
+    const auto is = [](const Tensor& t, at::ScalarType dtype) { return t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype; };
+    TORCH_CHECK_VALUE(is(settings, at::kDouble) && has_shape(settings, count, 6) && is(numbers, at::kLong) && has_shape(numbers, count),
+                      "settings, numbers: expected float64 [", count, ", 6] and int64 [", count, "] on the CPU");
+    TORCH_CHECK_VALUE(!seed || (is(*seed, at::kLong) && seed->numel() == 2), "seed: expected int64 [2] on the CPU");
     py::gil_scoped_release release;
     point({&params, &grads, &exp_avg, &exp_avg_sq});
     run(update, arguments(seed ? seed->const_data_ptr<int64_t>() : nullptr, numbers.const_data_ptr<int64_t>(), settings.const_data_ptr<double>(),
