@@ -23,7 +23,6 @@ Function linear_forward{"ada2i_linear_forward"}, linear_input{"ada2i_linear_inpu
     attention_forward{"ada2i_dialogue_attention_forward"}, attention_backward{"ada2i_dialogue_attention_backward"};
 PyObject *second_order_attention, *second_order_inner, *plan;
 
-constexpr int kParameters = 6;      // of half a layer
 
 // Whose product it is, as ops.linear.plan says: torch's own, oneDNN's, this package's, or its of a float weight that it rounds to the 16 bits of x.
 enum By { kTorch, kOneDNN, kNative, kRounds };
@@ -36,12 +35,6 @@ struct Stack {      // what the layers of an encoder have in common
   at::ScalarType dtype;      // of the products
   std::array<Product, kProducts> by;
   std::vector<int64_t> starts;      // of dialogues, and where the last one ends
-};
-
-struct Half {
-  std::shared_ptr<const Stack> stack;
-  int64_t stream;
-  double eps;
 };
 
 // Neither autograd nor autocast: what is to be rounded is rounded here.
@@ -145,141 +138,136 @@ void call_attention(const Function& function, const Stack& s, const Tensor& qkv,
 }
 
 // --------------------------------------------------------------------------------------------------------------------- the halves
+//
+//   y = norm1(x + drop(t W_o^T + b_o)),   t = attention(x W_qkv^T + b_qkv)
+//   z = norm2(y + drop(t W_2^T + b_2)),   t = drop(max(0, y W_1^T + b_1))
+//
+// are one function of x or y, but for t: an Attention or an Inner.
+
+enum Parameter { kWeight, kBias, kOutWeight, kOutBias, kNormWeight, kNormBias, kParameters };
+// What is kept for backward beside x and the parameters. Rounded copies are undefined where nothing is rounded, or the library does it; kSums and
+// kLogsum are of attention alone.
+enum Place { kRoundedWeight, kRoundedOutWeight, kRoundedX, kT, kOuter, kMean, kRstd, kSums, kLogsum, kPlaces };
+
+struct Half {
+  std::shared_ptr<const Stack> stack;
+  int64_t stream, outer_stream;      // of the dropout in t, and of the one behind it
+  double eps;
+};
 
 const Tensor& either(const Tensor& rounded, const Tensor& t) { return rounded.defined() ? rounded : t; }
 
-// What a half keeps for backward beside x and its parameters; rounded copies are undefined where nothing is rounded, or the library does it.
-struct State : std::array<Tensor, 9> {
+struct State : std::array<Tensor, kPlaces> {
   bool keeps = true;      // whether somebody takes it: else what has served is free at once
 
-  void forget(std::initializer_list<int> places) {
-    for (int place : places) (*this)[place] = Tensor();
+  void forget(std::initializer_list<Place> places) {
+    for (Place place : places) (*this)[place] = Tensor();
   }
-  void served(std::initializer_list<int> places) {
+  void served(std::initializer_list<Place> places) {
     if (!keeps) forget(places);
   }
   // A tensor as the product of `by` takes it.
-  const Tensor& rounded(const Stack& s, int place, const Tensor& t, int64_t by = kTorch) {
+  const Tensor& rounded(const Stack& s, Place place, const Tensor& t, int64_t by = kTorch) {
     if (s.dtype != at::kFloat && by != kRounds) (*this)[place] = t.to(s.dtype);
     return either((*this)[place], t);
   }
 };
 
-using Needs = std::array<bool, 1 + kParameters>;
+using Needs = std::array<bool, 1 + kParameters>;      // of x and the parameters
 
-bool any(const Needs& needs, int upto) {
-  return std::any_of(needs.begin(), needs.begin() + upto, [](bool b) { return b; });
-}
-
-// y = norm1(x + drop(attention(x W_qkv^T + b_qkv) W_o^T + b_o))
 struct Attention {
-  enum { kQkvWeight, kQkvBias, kOutWeight, kOutBias, kNormWeight, kNormBias };
-  enum { kRoundedWeight, kRoundedOutWeight, kRoundedX, kQkvSums, kMixed, kLogsum, kOuter, kMean, kRstd };
   static constexpr const char* name = "EncoderAttentionBackward";
+  static constexpr int first = kQkv, second = kOut;
   static PyObject* second_order() { return second_order_attention; }
 
-  static Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  static void forward(const Half& half, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& seed, State& k) {
     const Stack& s = *half.stack;
-    const int64_t qkv = s.by[kQkv].forward, out = s.by[kOut].forward;
-    const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
-    k[kQkvSums] = product(qkv, rounded_x, k.rounded(s, kRoundedWeight, p[kQkvWeight], qkv), p[kQkvBias]);
-    k.served({kRoundedX, kRoundedWeight});
-    k[kMixed] = empty({s.rows, s.width}, s.dtype);
+    k[kSums] = product(s.by[kQkv].forward, x, weight, bias);
+    k[kT] = empty({s.rows, s.width}, s.dtype);
     k[kLogsum] = empty({s.rows, s.heads, 2}, at::kFloat);
-    void* tensors[] = {pointer(k[kQkvSums]), pointer(k[kMixed]), pointer(k[kLogsum])};
-    call_attention(attention_forward, s, k[kQkvSums], seed, half.stream, tensors);
-    k.served({kQkvSums, kLogsum});
-    k[kOuter] = product(out, k[kMixed], k.rounded(s, kRoundedOutWeight, p[kOutWeight], out));
-    k.served({kMixed, kRoundedOutWeight});
-    Norm norm = norm_forward(s, k[kOuter], p[kOutBias], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.stream + s.heads);
-    k[kMean] = norm.mean, k[kRstd] = norm.rstd;
-    return norm.out;
+    void* tensors[] = {pointer(k[kSums]), pointer(k[kT]), pointer(k[kLogsum])};
+    call_attention(attention_forward, s, k[kSums], seed, half.stream, tensors);
+    k.served({kSums, kLogsum});
   }
 
-  // Gradients of x and the parameters, none from where on no gradient is needed. Whatever has served is given away.
-  static variable_list backward(const Half& half, Tensor grad, const Needs& needs, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  // The gradient of the first product's result, and, if that comes with it, the one of its bias.
+  static Tensor backward(const Half& half, Tensor g, const Tensor& seed, State& k, Tensor*) {
     const Stack& s = *half.stack;
-    variable_list found(1 + kParameters);
-    Tensor* of = &found[1];
-    NormGradients norm = norm_backward(s, grad, k[kOuter], p[kOutBias], x, p[kNormWeight], k[kMean], k[kRstd], seed, half.stream + s.heads);
-    k.forget({kOuter, kMean, kRstd});
-    grad = Tensor();
-    of[kOutBias] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
-    Tensor g;
-    if (any(needs, 1 + kOutWeight)) g = input_gradient(s.by[kOut].input, norm.x, either(k[kRoundedOutWeight], p[kOutWeight]));
-    if (needs[1 + kOutWeight]) of[kOutWeight] = weight_gradient(s.by[kOut].weight, norm.x, k[kMixed]);
-    if (!g.defined()) return found;
-    k.forget({kRoundedOutWeight});
-    norm.x = Tensor();
-
-    Tensor g_qkv = empty({s.rows, 3 * s.width}, s.dtype);
-    void* tensors[] = {pointer(k[kQkvSums]), pointer(k[kMixed]), pointer(k[kLogsum]), pointer(g), pointer(g_qkv)};
-    call_attention(attention_backward, s, g_qkv, seed, half.stream, tensors);
-    k.forget({kQkvSums, kMixed, kLogsum});
-    g = Tensor();
-    if (needs[0]) found[0] = input_gradient(s.by[kQkv].input, g_qkv, either(k[kRoundedWeight], p[kQkvWeight]), norm.residual);
-    if (needs[1 + kQkvWeight])
-      of[kQkvWeight] = weight_gradient(s.by[kQkv].weight, g_qkv, either(k[kRoundedX], x), needs[1 + kQkvBias] ? &of[kQkvBias] : nullptr);
-    else if (needs[1 + kQkvBias])
-      of[kQkvBias] = at::sum(g_qkv, 0, false, at::kFloat);
+    Tensor found = empty({s.rows, 3 * s.width}, s.dtype);
+    void* tensors[] = {pointer(k[kSums]), pointer(k[kT]), pointer(k[kLogsum]), pointer(g), pointer(found)};
+    call_attention(attention_backward, s, found, seed, half.stream, tensors);
+    k.forget({kSums, kT, kLogsum});
     return found;
   }
 };
 
-// z = norm2(y + drop(drop(max(0, y W_1^T + b_1)) W_2^T + b_2)), whose x is y
 struct Inner {
-  enum { kWeight1, kBias1, kWeight2, kBias2, kNormWeight, kNormBias };
-  enum { kRoundedWeight1, kRoundedWeight2, kRoundedX, kMiddle, kOuter, kMean, kRstd };
   static constexpr const char* name = "EncoderInnerBackward";
+  static constexpr int first = kOne, second = kTwo;
   static PyObject* second_order() { return second_order_inner; }
 
-  static Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  static void forward(const Half& half, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& seed, State& k) {
     const Stack& s = *half.stack;
-    const int64_t one = s.by[kOne].forward, two = s.by[kTwo].forward;
-    const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
-    const Tensor& weight = k.rounded(s, kRoundedWeight1, p[kWeight1], one);
-    if (one >= kNative) {
-      k[kMiddle] = native(rounded_x, weight, p[kBias1], true, s.p, seed, half.stream);
-    } else {
-      const Tensor sums = product(one, rounded_x, weight);
-      k[kMiddle] = empty({s.rows, s.inside}, s.dtype);
-      void* tensors[] = {pointer(sums), pointer(p[kBias1]), pointer(k[kMiddle])};
-      call_dropout(relu_dropout_forward, s, sums, seed, half.stream, 0, tensors);
+    if (s.by[kOne].forward >= kNative) {
+      k[kT] = native(x, weight, bias, true, s.p, seed, half.stream);
+      return;
     }
-    k.served({kRoundedX, kRoundedWeight1});
-    k[kOuter] = product(two, k[kMiddle], k.rounded(s, kRoundedWeight2, p[kWeight2], two));
-    k.served({kMiddle, kRoundedWeight2});
-    Norm norm = norm_forward(s, k[kOuter], p[kBias2], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.stream + 1);
-    k[kMean] = norm.mean, k[kRstd] = norm.rstd;
-    return norm.out;
+    const Tensor sums = product(s.by[kOne].forward, x, weight);
+    k[kT] = empty({s.rows, s.inside}, s.dtype);
+    void* tensors[] = {pointer(sums), pointer(bias), pointer(k[kT])};
+    call_dropout(relu_dropout_forward, s, sums, seed, half.stream, 0, tensors);
   }
 
-  static variable_list backward(const Half& half, Tensor grad, const Needs& needs, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  static Tensor backward(const Half& half, Tensor g, const Tensor& seed, State& k, Tensor* bias) {
     const Stack& s = *half.stack;
-    variable_list found(1 + kParameters);
-    Tensor* of = &found[1];
-    NormGradients norm = norm_backward(s, grad, k[kOuter], p[kBias2], x, p[kNormWeight], k[kMean], k[kRstd], seed, half.stream + 1);
-    k.forget({kOuter, kMean, kRstd});
-    grad = Tensor();
-    of[kBias2] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
-    Tensor g;
-    if (any(needs, 1 + kWeight2)) g = input_gradient(s.by[kTwo].input, norm.x, either(k[kRoundedWeight2], p[kWeight2]));
-    if (needs[1 + kWeight2]) of[kWeight2] = weight_gradient(s.by[kTwo].weight, norm.x, k[kMiddle]);
-    if (!g.defined()) return found;
-    k.forget({kRoundedWeight2});
-    norm.x = Tensor();
-
-    Tensor through = empty({s.rows, s.inside}, s.dtype);
-    of[kBias1] = empty({s.inside}, at::kFloat);
-    void* tensors[] = {pointer(g), pointer(k[kMiddle]), pointer(through), pointer(of[kBias1])};
-    call_dropout(relu_dropout_backward, s, through, seed, 0, 0, tensors);
-    k.forget({kMiddle});
-    g = Tensor();
-    if (any(needs, 1 + kWeight1)) found[0] = input_gradient(s.by[kOne].input, through, either(k[kRoundedWeight1], p[kWeight1]), norm.residual);
-    if (needs[1 + kWeight1]) of[kWeight1] = weight_gradient(s.by[kOne].weight, through, either(k[kRoundedX], x));
+    Tensor found = empty({s.rows, s.inside}, s.dtype);
+    *bias = empty({s.inside}, at::kFloat);
+    void* tensors[] = {pointer(g), pointer(k[kT]), pointer(found), pointer(*bias)};
+    call_dropout(relu_dropout_backward, s, found, seed, 0, 0, tensors);
+    k.forget({kT});
     return found;
   }
 };
+
+template <class Part> Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  const Stack& s = *half.stack;
+  const int64_t first = s.by[Part::first].forward, second = s.by[Part::second].forward;
+  const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
+  Part::forward(half, rounded_x, k.rounded(s, kRoundedWeight, p[kWeight], first), p[kBias], seed, k);
+  k.served({kRoundedX, kRoundedWeight});
+  k[kOuter] = product(second, k[kT], k.rounded(s, kRoundedOutWeight, p[kOutWeight], second));
+  k.served({kT, kRoundedOutWeight});
+  Norm norm = norm_forward(s, k[kOuter], p[kOutBias], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.outer_stream);
+  k[kMean] = norm.mean, k[kRstd] = norm.rstd;
+  return norm.out;
+}
+
+// Gradients of x and the parameters, none from where on no gradient is needed. Whatever has served is given away.
+template <class Part>
+variable_list backward(const Half& half, Tensor grad, const Needs& needs, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
+  const Stack& s = *half.stack;
+  const Product &first = s.by[Part::first], &second = s.by[Part::second];
+  const bool needs_x = needs[0], *needed = &needs[1];
+  variable_list found(1 + kParameters);
+  Tensor* of = &found[1];
+  NormGradients norm = norm_backward(s, grad, k[kOuter], p[kOutBias], x, p[kNormWeight], k[kMean], k[kRstd], seed, half.outer_stream);
+  k.forget({kOuter, kMean, kRstd});
+  grad = Tensor();
+  of[kOutBias] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
+  Tensor g;
+  if (needs_x || needed[kWeight] || needed[kBias]) g = input_gradient(second.input, norm.x, either(k[kRoundedOutWeight], p[kOutWeight]));
+  if (needed[kOutWeight]) of[kOutWeight] = weight_gradient(second.weight, norm.x, k[kT]);
+  if (!g.defined()) return found;
+  k.forget({kRoundedOutWeight});
+  norm.x = Tensor();
+
+  const Tensor g_sums = Part::backward(half, std::move(g), seed, k, &of[kBias]);
+  Tensor* bias = needed[kBias] && !of[kBias].defined() ? &of[kBias] : nullptr;
+  if (needs_x) found[0] = input_gradient(first.input, g_sums, either(k[kRoundedWeight], p[kWeight]), norm.residual);
+  if (needed[kWeight]) of[kWeight] = weight_gradient(first.weight, g_sums, either(k[kRoundedX], x), bias);
+  else if (bias) *bias = at::sum(g_sums, 0, false, at::kFloat);
+  return found;
+}
 
 // ----------------------------------------------------------------------------------------------------------------------- nodes
 
@@ -307,7 +295,7 @@ template <class Part> struct HalfBackward : SavingNode {      // saves x and the
     const Below below;
     Tensor grad = std::move(grads[0]).contiguous();
     grads.clear();
-    return Part::backward(half, std::move(grad), needs, tensors[0], &tensors[1], seed, kept);
+    return backward<Part>(half, std::move(grad), needs, tensors[0], &tensors[1], seed, kept);
   }
 
   std::string name() const override { return Part::name; }
@@ -321,7 +309,7 @@ template <class Part> Tensor apply_half(const Half& half, const Tensor& x, const
   Tensor z;
   {
     const Below below;
-    z = Part::forward(half, x, parameters, seed, kept);
+    z = forward<Part>(half, x, parameters, seed, kept);
   }
   if (kept.keeps) {
     auto pointer = make_node<HalfBackward<Part>>(inputs);
@@ -397,13 +385,11 @@ bool take(const Items& items, int64_t count, variable_list& tensors) {
 }
 
 bool fits(const Tensor* attention, const Tensor* inner, int64_t width, int64_t inside) {
-  for (int which : {Attention::kOutBias, Attention::kNormWeight, Attention::kNormBias})
-    if (!has_shape(attention[which], width)) return false;
-  for (int which : {Inner::kBias2, Inner::kNormWeight, Inner::kNormBias})
-    if (!has_shape(inner[which], width)) return false;
-  return has_shape(attention[Attention::kQkvWeight], 3 * width, width) && has_shape(attention[Attention::kQkvBias], 3 * width) &&
-         has_shape(attention[Attention::kOutWeight], width, width) && has_shape(inner[Inner::kWeight1], inside, width) &&
-         has_shape(inner[Inner::kBias1], inside) && has_shape(inner[Inner::kWeight2], width, inside);
+  for (const Tensor* half : {attention, inner})
+    for (Parameter which : {kOutBias, kNormWeight, kNormBias})
+      if (!has_shape(half[which], width)) return false;
+  return has_shape(attention[kWeight], 3 * width, width) && has_shape(attention[kBias], 3 * width) && has_shape(attention[kOutWeight], width, width) &&
+         has_shape(inner[kWeight], inside, width) && has_shape(inner[kBias], inside) && has_shape(inner[kOutWeight], width, inside);
 }
 
 bool read_lengths(const Items& lengths, Stack& s) {
@@ -444,7 +430,7 @@ py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_,
   for (int64_t i = 0; i < layers.size(); ++i) {
     if (!take(Items(layers[i]), 2 * kParameters, tensors)) return py::none();
     const Tensor *attention = &tensors[2 * i * kParameters], *inner = attention + kParameters;
-    if (i == 0) s.inside = inner[Inner::kBias1].dim() == 1 ? inner[Inner::kBias1].size(0) : 0;
+    if (i == 0) s.inside = inner[kBias].dim() == 1 ? inner[kBias].size(0) : 0;
     if (s.inside < 1 || !fits(attention, inner, s.width, s.inside)) return py::none();
   }
   if (!out_.is_none()) {
@@ -466,8 +452,9 @@ py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_,
       const Items pair(eps[i]);
       if (pair.size() != 2 || !read(pair[0], norm[0]) || !read(pair[1], norm[1])) return py::none();
     }
-    halves.push_back({stack, stream + i * (s.heads + 3), norm[0]});
-    halves.push_back({stack, halves.back().stream + s.heads + 1, norm[1]});
+    const int64_t at = stream + i * (s.heads + 3) + s.heads;
+    halves.push_back({stack, at - s.heads, at, norm[0]});
+    halves.push_back({stack, at + 1, at + 2, norm[1]});
   }
   Tensor seed;
   if (!read_plan(at::GradMode::is_enabled(), s) || !read_seed(seed_, s.p, seed)) return py::none();
