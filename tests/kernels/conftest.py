@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from runs import CORES, EARLY, Run
+from runs import CORES, EARLY, QUICK, SLOW, Run
 
 
-def _waits(item) -> bool:
-    return "quick" in getattr(item, "fixturenames", ()) and item.path.name == "test_triton_interpreter.py"
+def _interpreted(item) -> bool:
+    return item.path.name == "test_triton_interpreter.py"
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=_waits)
+    items.sort(key=_interpreted)
 
 
 def pytest_collection_finish(session):
-    others = not all(map(_waits, session.items))
-    if CORES > 1 and others and any(map(_waits, session.items)) and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
-        setattr(session.config, EARLY, Run(processes=CORES - 1))
+    config, found = session.config, [item for item in session.items if _interpreted(item)]
+    if CORES > 1 and len(found) < len(session.items) and not config.option.collectonly and not hasattr(config, "workerinput"):
+        wanted = {SLOW if item.get_closest_marker("slow") else QUICK for item in found}
+        setattr(config, EARLY, {options: Run(*options, processes=CORES // 2) for options in sorted(wanted)})
 
 
 def pytest_unconfigure(config):
-    if run := getattr(config, EARLY, None):
+    for run in getattr(config, EARLY, {}).values():
         run.stop()

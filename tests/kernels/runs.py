@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-EARLY = "_ada2i_cases"           # where pytest's config holds a `Run` that began before its tests did
+QUICK, SLOW = ("--cases", "quick"), ("--cases", "slow")
+EARLY = "_ada2i_cases"           # where pytest's config holds `Run`s that began before its tests did, by their options
 CORES = min(16, os.cpu_count() or 1)
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 
@@ -53,9 +54,10 @@ class Run:
         self._folder.cleanup()
 
 
-def results(*options: str) -> dict[str, list]:
-    run = Run(*options)
+def results(*options: str, begun: Run | None = None) -> dict[str, list]:
+    run = begun or Run(*options)
     try:
+        run.fill()
         return run.results()
     finally:
         run.stop()

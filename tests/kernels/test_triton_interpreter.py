@@ -12,7 +12,7 @@ if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.sp
     pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
 
 import encoder_cases  # noqa: E402
-from runs import EARLY, Run, beyond, keys, results  # noqa: E402
+from runs import EARLY, QUICK, SLOW, beyond, keys, results  # noqa: E402
 
 CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
          *keys("LIBRARY_RING"), *keys("LIBRARY_MAPPING"),
@@ -20,11 +20,13 @@ CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-sc
          *encoder_cases.ATTENTION]
 
 
+def interpreted(request, options: tuple[str, ...]) -> dict[str, list]:
+    return results(*options, begun=getattr(request.config, EARLY, {}).get(options))
+
+
 @pytest.fixture(scope="module")
 def quick(request) -> dict[str, list]:
-    run = getattr(request.config, EARLY, None) or Run()
-    run.fill()
-    return run.results()
+    return interpreted(request, QUICK)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -37,8 +39,8 @@ def test_every_case_is_named(quick):
 
 
 @pytest.mark.slow
-def test_interpreted_slow():
+def test_interpreted_slow(request):
     """Every rank, a dialogue of a thousand utterances, many dialogues."""
-    found = results("--cases", "slow")
+    found = interpreted(request, SLOW)
     assert found and not set(found) & set(CASES)
     assert not {case: beyond(checks) for case, checks in found.items() if beyond(checks)}
