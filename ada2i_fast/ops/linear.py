@@ -282,16 +282,18 @@ def planned(dtype: torch.dtype, rows: int, shapes: Sequence[tuple[int, int, bool
 
 def _codes(dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, gradients: bool) -> Sequence[int | None]:
     rounds = _rounding_known(dtype, rows, inputs, outputs)[0]
-    forward = _known("forward", dtype, rows, inputs, outputs)[0]
-    forward = input_gradient = _ROUNDS if rounds == "native" else rounds and _CODES.get(forward)
+
+    def code(kind: str, inputs: int, outputs: int) -> int | None:
+        if rounds == "torch":
+            return _CODES.get(_known(kind, dtype, rows, inputs, outputs)[0])
+        return _ROUNDS if rounds else None
+
     if not gradients:
-        return forward, 0, 0
-    if rounds != "native":
-        input_gradient = rounds and _CODES.get(_known("input", dtype, rows, outputs, inputs)[0])
+        return code("forward", inputs, outputs), 0, 0
     weight = _parameters_known(dtype, rows, inputs, outputs, bias)[0]
     if weight == "torch":
         weight = _known("weight", dtype, rows, outputs, inputs)[0]
-    return forward, input_gradient, _CODES.get(weight)
+    return code("forward", inputs, outputs), code("input", outputs, inputs), _CODES.get(weight)
 
 
 KEPT = 5                         # what `product_forward` keeps, as flat as autograd saves tensors

@@ -23,8 +23,7 @@ Function linear_forward{"ada2i_linear_forward"}, linear_input{"ada2i_linear_inpu
     attention_forward{"ada2i_dialogue_attention_forward"}, attention_backward{"ada2i_dialogue_attention_backward"};
 PyObject *second_order_attention, *second_order_inner, *plan;
 
-
-// Whose product it is, as ops.linear.plan says: torch's own, oneDNN's, this package's, or its of a float weight that it rounds to the 16 bits of x.
+// Whose product it is, as ops.linear.planned says: torch's own, oneDNN's, this package's, or its of a float weight that it rounds to the 16 bits of x.
 enum By { kTorch, kOneDNN, kNative, kRounds };
 struct Product { int64_t forward, input, weight; };
 enum { kQkv, kOut, kOne, kTwo, kLast, kProducts };
@@ -74,7 +73,7 @@ Tensor product(int64_t by, const Tensor& x, const Tensor& weight, const Tensor& 
   return by == kOneDNN ? onednn(x, weight, rounded) : at::linear(x, weight, rounded);
 }
 
-// g W in float; added to `into`, if there is one.
+// g W in the dtype of g; added to `into`, if there is one.
 Tensor input_gradient(int64_t by, const Tensor& g, const Tensor& weight, const Tensor& into = {}) {
   Tensor found;
   if (by >= kNative) {
@@ -89,17 +88,17 @@ Tensor input_gradient(int64_t by, const Tensor& g, const Tensor& weight, const T
   return into.defined() ? into.add_(found) : found;
 }
 
-// g^T x and, where it is asked for, the sum of g's rows, in float.
-Tensor weight_gradient(int64_t by, const Tensor& g, const Tensor& x, Tensor* bias = nullptr) {
-  if (by == kNative) {
-    Tensor found = empty({g.size(1), x.size(1)}, at::kFloat);
+// g^T x and the sum of g's rows, in float, each unless null.
+void parameter_gradients(int64_t by, const Tensor& g, const Tensor& x, Tensor* weight, Tensor* bias) {
+  if (weight && by == kNative) {
+    *weight = empty({g.size(1), x.size(1)}, at::kFloat);
     if (bias) *bias = empty({g.size(1)}, at::kFloat);
-    void* tensors[] = {pointer(g), pointer(x), pointer(found), bias ? pointer(*bias) : nullptr};
+    void* tensors[] = {pointer(g), pointer(x), pointer(*weight), bias ? pointer(*bias) : nullptr};
     call_linear(linear_backward, x, x.size(1), g.size(1), tensors);
-    return found;
+    return;
   }
+  if (weight) *weight = (by == kOneDNN ? onednn(g.t(), x.t(), {}) : at::mm(g.t(), x)).to(at::kFloat);
   if (bias) *bias = at::sum(g, 0, false, at::kFloat);
-  return (by == kOneDNN ? onednn(g.t(), x.t(), {}) : at::mm(g.t(), x)).to(at::kFloat);
 }
 
 // ----------------------------------------------------------------------------------------------------------- the rest of a layer
@@ -155,6 +154,9 @@ struct Half {
   double eps;
 };
 
+// t as the product of `by` takes it, if that is another than t.
+Tensor rounded(const Stack& s, const Tensor& t, int64_t by = kTorch) { return s.dtype == at::kFloat || by == kRounds ? Tensor() : t.to(s.dtype); }
+
 const Tensor& either(const Tensor& rounded, const Tensor& t) { return rounded.defined() ? rounded : t; }
 
 struct State : std::array<Tensor, kPlaces> {
@@ -166,11 +168,7 @@ struct State : std::array<Tensor, kPlaces> {
   void served(std::initializer_list<Place> places) {
     if (!keeps) forget(places);
   }
-  // A tensor as the product of `by` takes it.
-  const Tensor& rounded(const Stack& s, Place place, const Tensor& t, int64_t by = kTorch) {
-    if (s.dtype != at::kFloat && by != kRounds) (*this)[place] = t.to(s.dtype);
-    return either((*this)[place], t);
-  }
+  const Tensor& keep(Place place, Tensor rounded, const Tensor& t) { return either((*this)[place] = std::move(rounded), t); }
 };
 
 using Needs = std::array<bool, 1 + kParameters>;      // of x and the parameters
@@ -232,10 +230,10 @@ struct Inner {
 template <class Part> Tensor forward(const Half& half, const Tensor& x, const Tensor* p, const Tensor& seed, State& k) {
   const Stack& s = *half.stack;
   const int64_t first = s.by[Part::first].forward, second = s.by[Part::second].forward;
-  const Tensor& rounded_x = k.rounded(s, kRoundedX, x);
-  Part::forward(half, rounded_x, k.rounded(s, kRoundedWeight, p[kWeight], first), p[kBias], seed, k);
+  const Tensor& rounded_x = k.keep(kRoundedX, rounded(s, x), x);
+  Part::forward(half, rounded_x, k.keep(kRoundedWeight, rounded(s, p[kWeight], first), p[kWeight]), p[kBias], seed, k);
   k.served({kRoundedX, kRoundedWeight});
-  k[kOuter] = product(second, k[kT], k.rounded(s, kRoundedOutWeight, p[kOutWeight], second));
+  k[kOuter] = product(second, k[kT], k.keep(kRoundedOutWeight, rounded(s, p[kOutWeight], second), p[kOutWeight]));
   k.served({kT, kRoundedOutWeight});
   Norm norm = norm_forward(s, k[kOuter], p[kOutBias], x, p[kNormWeight], p[kNormBias], half.eps, seed, half.outer_stream);
   k[kMean] = norm.mean, k[kRstd] = norm.rstd;
@@ -256,7 +254,7 @@ variable_list backward(const Half& half, Tensor grad, const Needs& needs, const 
   of[kOutBias] = norm.bias, of[kNormWeight] = norm.weight, of[kNormBias] = norm.norm_bias;
   Tensor g;
   if (needs_x || needed[kWeight] || needed[kBias]) g = input_gradient(second.input, norm.x, either(k[kRoundedOutWeight], p[kOutWeight]));
-  if (needed[kOutWeight]) of[kOutWeight] = weight_gradient(second.weight, norm.x, k[kT]);
+  if (needed[kOutWeight]) parameter_gradients(second.weight, norm.x, k[kT], &of[kOutWeight], nullptr);
   if (!g.defined()) return found;
   k.forget({kRoundedOutWeight});
   norm.x = Tensor();
@@ -264,8 +262,7 @@ variable_list backward(const Half& half, Tensor grad, const Needs& needs, const 
   const Tensor g_sums = Part::backward(half, std::move(g), seed, k, &of[kBias]);
   Tensor* bias = needed[kBias] && !of[kBias].defined() ? &of[kBias] : nullptr;
   if (needs_x) found[0] = input_gradient(first.input, g_sums, either(k[kRoundedWeight], p[kWeight]), norm.residual);
-  if (needed[kWeight]) of[kWeight] = weight_gradient(first.weight, g_sums, either(k[kRoundedX], x), bias);
-  else if (bias) *bias = at::sum(g_sums, 0, false, at::kFloat);
+  parameter_gradients(first.weight, g_sums, either(k[kRoundedX], x), needed[kWeight] ? &of[kWeight] : nullptr, bias);
   return found;
 }
 
@@ -341,8 +338,7 @@ struct EncoderOutBackward : SavingNode {      // saves x, the weight, and both r
     const Below below;
     const Tensor grad = g.contiguous();
     if (needs_x) found[0] = input_gradient(by.input, grad, either(tensors[3], weight)).to(at::kFloat);
-    if (needs_weight) found[1] = weight_gradient(by.weight, grad, either(tensors[2], x), needs_bias ? &found[2] : nullptr);
-    else if (needs_bias) found[2] = at::sum(grad, 0, false, at::kFloat);
+    parameter_gradients(by.weight, grad, either(tensors[2], x), needs_weight ? &found[1] : nullptr, needs_bias ? &found[2] : nullptr);
     return found;
   }
 
@@ -355,10 +351,7 @@ Tensor apply_out(const Stack& s, const Tensor& x, const Tensor& weight, const Te
   const Product& by = s.by[kLast];
   {
     const Below below;
-    if (s.dtype != at::kFloat) {
-      rounded_x = x.to(s.dtype);
-      if (by.forward != kRounds) rounded_weight = weight.to(s.dtype);
-    }
+    rounded_x = rounded(s, x), rounded_weight = rounded(s, weight, by.forward);
     y = product(by.forward, either(rounded_x, x), either(rounded_weight, weight), bias);
   }
   if (wants_graph(inputs)) {

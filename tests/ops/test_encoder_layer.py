@@ -21,7 +21,6 @@ from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, re
 op = importlib.import_module("ada2i_fast.ops.encoder_layer")       # the package's attribute of this name is the function
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 NODE = "encoder_layers"
-needs_node = pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not()))
 SEED = torch.tensor([-(1 << 41) - 5])
 SEEDS = {"cpu": SEED} | ({"cuda": SEED.cuda()} if torch.cuda.is_available() else {})
 EPS = [(1e-5, 1e-3), (1e-4, 1e-5)]
