@@ -176,10 +176,11 @@ def column_tile(first, last, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl
 # -------------------------------------------------------------------------------------------------------------- launchers
 
 
-def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]], block: int = 32, together: int = 64) -> None:
+def reduce(partial: Tensor, outputs: Sequence[Sequence[Tensor]], block: int = 512 if INTERPRETED else 32, together: int = 64) -> None:
     """partial: float32 [splits, G, >= sum of sizes]; outputs: kinds of G tensors each, in the order of the columns.
 
-    Tiles [together, block] are small: as many programs as possible, each with few loads one after the other.
+    Tiles [together, block] are small: as many programs as possible, each with few loads one after the other. The interpreter runs
+    programs one after the other, some 20 ms each.
     """
     splits, group, length = partial.shape
     bounds = [0]
