@@ -31,6 +31,7 @@ TIERS = {
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
     "amx_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+COMPLETED_BY = {"avx512_bf16": "avx512", "amx_bf16": "avx512"}      # tiers that hold only what differs there, and what the rest is
 
 
 class Unavailable(Exception):
@@ -78,12 +79,13 @@ def cpu_rules(library: Path, objects: Path) -> tuple[str, dict]:
 
 
 def wanted_tiers() -> dict[str, list[str]]:
-    """Tiers and their flags: those of the processor's kind, or of ADA2I_FAST_CPU_TIERS; baseline is always among them."""
+    """Tiers and their flags: those of the processor's kind, or of ADA2I_FAST_CPU_TIERS and what completes them; always baseline."""
     known = TIERS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
     names = (os.environ.get("ADA2I_FAST_CPU_TIERS") or " ".join(known)).replace(",", " ").split()
     if unknown := [name for name in names if name not in known]:
         raise Unavailable(f"ADA2I_FAST_CPU_TIERS: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    return {name: flags for name, flags in known.items() if name in (*names, "baseline")}
+    names = {"baseline", *names, *(COMPLETED_BY[name] for name in names if name in COMPLETED_BY)}
+    return {name: flags for name, flags in known.items() if name in names}
 
 
 CXX_RULES = [

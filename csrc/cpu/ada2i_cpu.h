@@ -95,7 +95,7 @@ struct BalancedAdam {
   void* const* tensors;
 };
 
-// One set of entry points per tier and dtype. They return 0, or 1 where memory ran out.
+// One set of entry points per tier and dtype, pointers all. They return 0, or 1 where memory ran out. Null: as in the tier below.
 struct Ada2iTier {
   const char* name;
   int (*tensor_ring_forward[2][ADA2I_DTYPES])(const TensorRing*);    // the second row: with parameters in float

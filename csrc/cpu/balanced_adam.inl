@@ -6,38 +6,6 @@ constexpr int64_t kPairs = 16;     // in a block of 32 normals, number i shares 
 constexpr int64_t kNormals = 64;   // drawn at a time
 constexpr int64_t kAhead = 1024;   // numbers between what is fetched and what is computed: over so much arithmetic the processor fetches too little
 
-INLINE Vector<float> square_root(Vector<float> value) {
-#if defined(ADA2I_MASKS)
-  return (Vector<float>)_mm512_sqrt_ps((__m512)value);
-#elif defined(__AVX2__)
-  return (Vector<float>)_mm256_sqrt_ps((__m256)value);
-#elif defined(__SSE2__)
-  return (Vector<float>)_mm_sqrt_ps((__m128)value);
-#else
-  for (int i = 0; i < Lanes<float>::count; ++i) value[i] = __builtin_sqrtf(value[i]);
-  return value;
-#endif
-}
-
-// Natural logarithm of a positive normal number: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then a polynomial of m - 1
-// (Moshier, Cephes logf); error below 1e-7 relative to max(1, |log x|).
-INLINE Vector<float> logarithm(Vector<float> x) {
-  auto bits = (Vector<int32_t>)x - 0x3f3504f3;
-  auto exponent = __builtin_convertvector(bits >> 23, Vector<float>);
-  auto m = (Vector<float>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  auto p = broadcast(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  auto square = m * m;
-  return exponent * 0.693147180559945f + (m + square * (p * m - 0.5f));
-}
-
 // Two standard normals per lane from two random words (Box and Muller, 1958): radius sqrt(-2 log((a + 1) / 2^32)), angle 2 pi b / 2^32.
 // The angle's quadrant is taken off in integers, exactly; the rest lies in [-pi/4, pi/4).
 INLINE void normals(Vector<uint32_t> a, Vector<uint32_t> b, Vector<float>& first, Vector<float>& second) {

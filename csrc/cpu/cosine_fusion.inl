@@ -7,19 +7,6 @@ constexpr int64_t kFusionRows = 32;      // rows of a block; a multiple of every
 constexpr int64_t kFusionChunks = 16;    // at most as many partial weight gradients
 constexpr int kTall = 4, kClasses = 3;   // a tile: 12 accumulators, as many as 16 registers have room for
 
-INLINE Vector<double> exponential(Vector<double> x) {
-  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-INLINE Vector<double> logarithm(Vector<double> x) {
-  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_log(x[i]);
-  return x;
-}
-INLINE Vector<double> square_root(Vector<double> x) {
-  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-}
-
 // 1 / max(norm, 1e-12); a NaN stays one.
 template <class T> INLINE Vector<T> inverse(Vector<T> norm) { return T(1) / (norm < T(1e-12) ? broadcast(T(1e-12)) : norm); }
 

@@ -5,21 +5,6 @@
 
 constexpr int64_t kQueries = 8 * kRows;
 
-// exp(x) for x <= 88; below -87 the result stays at exp(-87), 1e-38. Error below 2 ulp (Moshier, Cephes expf).
-INLINE Vector<float> exponential(Vector<float> x) {
-  x = x < -87.0f ? broadcast(-87.0f) : x;                                    // a NaN stays one
-  auto n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;           // to the nearest integer
-  auto r = x - n * 0.693359375f - n * -2.12194440e-4f;
-  auto p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * (Vector<float>)((__builtin_convertvector(n, Vector<int32_t>) + 127) << 23);
-}
-
 // ---- products -----------------------------------------------------------------------------------------------------------------
 
 // A matrix in panels of kColumns columns, [panel][rows][kColumns]: a right operand (steps are the rows), a left one as it stands or as its

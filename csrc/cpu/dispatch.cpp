@@ -43,47 +43,66 @@ bool amx() {
 }
 #endif
 
-// Tiers that this processor can run, best first, ended by null.
-const Ada2iTier* const* available() {
-  static const Ada2iTier* list[6];
-  if (list[0]) return list;
-  const Ada2iTier* found[6] = {};
+// Tiers that this processor can run, best last.
+struct Tiers {
+  Ada2iTier tier[5];
   int count = 0;
+
+  // What it leaves to the tier below is taken from that.
+  void add(const Ada2iTier& next) {
+    constexpr size_t pointers = sizeof(Ada2iTier) / sizeof(void*);
+    void *whole[pointers], *below[pointers] = {};
+    memcpy(whole, &next, sizeof next);
+    if (count) memcpy(below, &tier[count - 1], sizeof below);
+    for (size_t i = 0; i < pointers; ++i)
+      if (!whole[i]) whole[i] = below[i];
+    memcpy((void*)&tier[count++], whole, sizeof whole);
+  }
+
+  Tiers() {
+    add(baseline::tier);
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-  const bool dot = v4 && __builtin_cpu_supports("avx512bf16");
-#if defined(ADA2I_HAS_AMX_BF16)
-  if (dot && amx()) found[count++] = &amx_bf16::tier;
-#endif
-#if defined(ADA2I_HAS_AVX512_BF16)
-  if (dot) found[count++] = &avx512_bf16::tier;
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+    const bool dot = v4 && __builtin_cpu_supports("avx512bf16");
+#if defined(ADA2I_HAS_AVX2)
+    if (v3) add(avx2::tier);
 #endif
 #if defined(ADA2I_HAS_AVX512)
-  if (v4) found[count++] = &avx512::tier;
+    if (v4) add(avx512::tier);
 #endif
-#if defined(ADA2I_HAS_AVX2)
-  if (v3) found[count++] = &avx2::tier;
+#if defined(ADA2I_HAS_AVX512_BF16)
+    if (dot) add(avx512_bf16::tier);
 #endif
-  (void)dot;
+#if defined(ADA2I_HAS_AMX_BF16)
+    if (dot && amx()) add(amx_bf16::tier);
 #endif
-  found[count++] = &baseline::tier;
-  for (int i = count; i-- > 0;) list[i] = found[i];
-  return list;
+    (void)dot;
+#endif
+  }
+
+  const Ada2iTier* named(const char* name) const {
+    for (int i = 0; i < count; ++i)
+      if (!strcmp(tier[i].name, name)) return &tier[i];
+    return nullptr;
+  }
+};
+
+const Tiers& available() {
+  static const Tiers tiers;
+  return tiers;
 }
 
 const Ada2iTier* current;
 
 const Ada2iTier* chosen() {
   if (!current) {
+    const Tiers& tiers = available();
     const char* name = getenv("ADA2I_FAST_CPU_TIER");
-    const Ada2iTier* tier = available()[0];
-    if (name && *name)
-      for (auto t = available(); *t; ++t)
-        if (!strcmp((*t)->name, name)) tier = *t;
-    current = tier;
+    const Ada2iTier* tier = name ? tiers.named(name) : nullptr;
+    current = tier ? tier : &tiers.tier[tiers.count - 1];
   }
   return current;
 }
@@ -91,7 +110,10 @@ const Ada2iTier* chosen() {
 }  // namespace
 
 // Names of the tiers that can run here, best first; null past the end.
-ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) { return available()[index] ? available()[index]->name : nullptr; }
+ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) {
+  const Tiers& tiers = available();
+  return index < tiers.count ? tiers.tier[tiers.count - 1 - index].name : nullptr;
+}
 // Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
 ADA2I_EXPORT int ada2i_cpu_abi_version() { return 7; }
 
@@ -99,12 +121,9 @@ ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 
 // Takes another tier from here on; 1 if there is none of that name.
 ADA2I_EXPORT int ada2i_cpu_set_tier(const char* name) {
-  for (auto t = available(); *t; ++t)
-    if (!strcmp((*t)->name, name)) {
-      current = *t;
-      return 0;
-    }
-  return 1;
+  const Ada2iTier* tier = available().named(name);
+  if (tier) current = tier;
+  return !tier;
 }
 
 // 0; 1 without memory for scratch; 2 if the caller knows the arguments in another size: it was not built together with this library.

@@ -286,3 +286,65 @@ template <class T> INLINE T sum(Vector<T> value) {
   return total[0];
 }
 #endif
+
+// ---- functions ----------------------------------------------------------------------------------------------------------------
+
+INLINE Vector<float> square_root(Vector<float> value) {
+#if defined(ADA2I_MASKS)
+  return (Vector<float>)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+  return (Vector<float>)_mm_sqrt_ps((__m128)value);
+#else
+  for (int i = 0; i < Lanes<float>::count; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+
+// Natural logarithm of a positive normal number: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then a polynomial of m - 1
+// (Moshier, Cephes logf); error below 1e-7 relative to max(1, |log x|).
+INLINE Vector<float> logarithm(Vector<float> x) {
+  auto bits = (Vector<int32_t>)x - 0x3f3504f3;
+  auto exponent = __builtin_convertvector(bits >> 23, Vector<float>);
+  auto m = (Vector<float>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  auto p = broadcast(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  auto square = m * m;
+  return exponent * 0.693147180559945f + (m + square * (p * m - 0.5f));
+}
+
+// exp(x) for x <= 88; below -87 the result stays at exp(-87), 1e-38. Error below 2 ulp (Moshier, Cephes expf).
+INLINE Vector<float> exponential(Vector<float> x) {
+  x = x < -87.0f ? broadcast(-87.0f) : x;                                    // a NaN stays one
+  auto n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;           // to the nearest integer
+  auto r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  auto p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (Vector<float>)((__builtin_convertvector(n, Vector<int32_t>) + 127) << 23);
+}
+
+INLINE Vector<double> exponential(Vector<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+INLINE Vector<double> logarithm(Vector<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+INLINE Vector<double> square_root(Vector<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
