@@ -13,7 +13,7 @@ from . import MAX_MODALITIES, Ints, Pointers, Sizes, call, dtype_code, fill, lim
 
 
 class _Arguments(ctypes.Structure):
-    """struct AttentionMapping of csrc/cuda/attention_mapping.cuh, field by field."""
+    """struct AttentionMapping of csrc/cuda/ada2i_cuda.h, field by field."""
 
     _fields_ = [
         ("dtype", ctypes.c_int32), ("count", ctypes.c_int32), ("rows", ctypes.c_int64),

@@ -14,7 +14,7 @@ from . import MAX_MODALITIES, Ints, Pointers, Sizes, call, dtype_code, fill, lim
 
 
 class _Arguments(ctypes.Structure):
-    """struct TensorRing of csrc/cuda/tensor_ring.cuh, field by field."""
+    """struct TensorRing of csrc/cuda/ada2i_cuda.h, field by field."""
 
     _fields_ = [
         ("dtype", ctypes.c_int32), ("count", ctypes.c_int32), ("rank", ctypes.c_int32), ("gated_target", ctypes.c_int32),

@@ -10,33 +10,6 @@
 
 namespace ada2i {
 
-// Pointers are to device memory. Mirrored field by field in ada2i_fast/cuda/attention_mapping.py.
-struct AttentionMapping {
-    int32_t dtype, count;
-    int64_t rows;
-    float coefficient[kMaxModalities];
-    int64_t width[kMaxModalities];           // D_j
-    const void* x[kMaxModalities];           // [N, D_j]
-    const void* target[kMaxModalities];      // [N, D_j]
-    const void* weight[kMaxModalities];      // [D_j, D_j]
-    const void* bias[kMaxModalities];        // [D_j]
-    int8_t* sign[kMaxModalities];            // [N, D_j], saved
-    float* loss;                             // []
-    const float* grad_loss;                  // []
-    void* grad_x[kMaxModalities];
-    void* grad_target[kMaxModalities];
-    void* grad_weight[kMaxModalities];
-    void* grad_bias[kMaxModalities];
-    void* scratch;
-
-    // Set by the launcher.
-    int32_t vector[kMaxModalities];          // D_j a multiple of 4 and every [.., D_j] pointer aligned to 4 elements
-    int32_t splits;
-    int64_t input_blocks, blocks;            // of mapping_backward_kernel's g_x; of mapping_kernel
-    float* partial;                          // [blocks]
-    float* piece[kMaxModalities];            // [splits, D_j, D_j + 1]
-};
-
 template <class P> using MappingTile = typename P::template Tile<64, 64>;
 
 // Sum over the block, in every thread's order of warps: xor-shuffles, then four values. Result in thread 0.

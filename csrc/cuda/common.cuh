@@ -14,17 +14,13 @@
 #endif
 
 #include "../common/philox.h"
+#include "ada2i_cuda.h"
 
 #define ADA2I_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace ada2i {
 
-constexpr int kThreads = 128;       // every kernel; four warps
-constexpr int kMaxModalities = 8;   // modalities share a launch through arrays of this length, passed by value
-constexpr int kMaxRank = 32;
-
-// Element types in the argument structs; kTf32 stores float32 and multiplies in TF32.
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kTf32 = 3 };
+constexpr int kThreads = 128;   // every kernel; four warps
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
