@@ -8,9 +8,8 @@ from typing import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, node
 from .balance import modulation_coefficients, spread
-from .cpu import node
 from .ops import balanced_adam
 
 __all__ = ["BalancedAdam"]
@@ -164,7 +163,7 @@ class BalancedAdam(torch.optim.Adam):
         return None
 
     def _fused(self, ratio: Mapping[str, Tensor] | None, gathered: object | None) -> None:
-        """Everything happens where the parameters are, and nothing is asked back: a CUDA graph can hold it. gathered: from `cpu.node`, or None."""
+        """Everything happens where the parameters are, and nothing is asked back: a CUDA graph can hold it. gathered: from `node`, or None."""
         config, table = self.config, self.table if gathered else self._prepared()
         if table is None:
             self.last_norm = torch.zeros(())

@@ -40,7 +40,7 @@ measure_part() {  # measure_part NAME ROUNDS [SECONDS]
         many) measure many 35 -m scaling -k "test_many_dialogues and not algebra" ;;
         # Compiling the textbook is slow: for one shape only.
         compiled-layer) measure compiled-layer 35 --tf32 -k "iemocap-training-float32 and test_afw_layer and not algebra" ;;
-        compiled) measure compiled 45 --tf32 -k "iemocap-training-float32 and test_model and not algebra" ;;
+        compiled) measure compiled 40 --tf32 -k "iemocap-training-float32 and test_model and not algebra" ;;
         # Whole steps, eager and as CUDA graphs.
         tf32) measure tf32 45 --tf32 -k "test_model and training-float32 and $others and not released" ;;
         released) measure released 40 --tf32 -k "test_model and training-float32 and $others and released and iemocap" ;;
@@ -61,11 +61,11 @@ sanitize() {
 }
 
 # Only this card's code, and of the CPU's no more than tests compare with: a fraction of the build time.
-export ADA2I_FAST_CPU_TIERS=${ADA2I_FAST_CPU_TIERS:-baseline} ADA2I_FAST_TORCH=${ADA2I_FAST_TORCH:-0} CXXFLAGS=${CXXFLAGS:--O1}
+export ADA2I_FAST_CPU_TIERS=${ADA2I_FAST_CPU_TIERS:-baseline} CXXFLAGS=${CXXFLAGS:--O1}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($PYTHON -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)}
 [ -n "$TORCH_CUDA_ARCH_LIST" ] || unset TORCH_CUDA_ARCH_LIST
-part build 45 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
-part info 10 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
+part build 60 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e .
+part info 5 "$PYTHON" -c 'from ada2i_fast import backends; print("\n".join(f"{k}: {v}" for k, v in backends.info().items()))'
 # First the tests and, beside them, where this is wanted, what takes compilers long: their caches serve the measurements.
 workers=$($PYTHON -c 'import os, xdist; print("-n", min(13, os.cpu_count()), "--dist worksteal")' 2> /dev/null)
 sanitize &
@@ -75,7 +75,7 @@ done
 part tests 170 "$PYTHON" -m pytest -q --no-header -m gpu tests -p no:cacheprovider $workers
 wait
 for name in many compiled-layer compiled tf32 bf16 released layer model; do measure_part "$name" 7; done
-part profile 45 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
+part profile 40 "$PYTHON" -m benchmarks.profile --device cuda --results "$OUT"
 
 echo; echo "== summary"
 cat "$summary"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ada2i_fast import backends, cpu
-from ada2i_fast.cpu import node
+from ada2i_fast import node
 
 from .report import AVX2, ROOT
 

@@ -119,7 +119,7 @@ def machine_lines(result: dict) -> list[str]:
     e = result["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("python", "torch", "triton", "cuda") if e.get(name))
     details = [f"CPU {e['cpu']}" if e.get("cpu") != e.get("device") else None, f"CPU tier {e['cpu_tier']}" if e.get("cpu_tier") else None,
-               "layers in one call" if e.get("cpu_node") and e.get("device") == e.get("cpu") else None,
+               "layers in one call" if e.get("cpu_node") else None,
                f"{e['threads']} threads" if e.get("threads") else None, versions,
                f"float32 products: {e['float32_matmul_precision']}" if e.get("cuda") else None, f"commit {e.get('commit')}",
                f"load {e['load_at_start']} at the start" if "load_at_start" in e else None, result["datetime"][:10]]

@@ -9,7 +9,7 @@ import torch
 
 from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu, reference
 from ada2i_fast.balance import disparity_ratio, modulation_coefficients
-from ada2i_fast.cpu import node
+from ada2i_fast import node
 from model_cases import padded_case, small_config, spread_parameters
 
 RATIO = {"a": torch.tensor(1.0), "t": torch.tensor(2.5), "v": torch.tensor(1.2)}
@@ -194,7 +194,7 @@ def test_weakest_modality_keeps_its_gradient_and_gets_noise():
     assert changed == {name for name in before if name.startswith("net.encoder")}
 
 
-# ---- what it asks of its tensors in one call, by cpu.node
+# ---- what it asks of its tensors in one call, by node
 
 NODE = pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not()))
 

@@ -19,8 +19,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..cpu import node
+from .. import backends, cuda, node
 from .attention_mapping import attention_mapping, attention_mapping_torch, beyond, coefficients, masked
 from .dropout import gradients_through
 from .linear import Branch, here
@@ -194,13 +193,15 @@ def afw_layer(x: Sequence[Tensor], offsets: Tensor, proj_weight: Sequence[Tensor
     takes float32 parameters beside x in 16 bits (`cpu`, `triton`), they are rounded no more than the product needs, and their gradients
     not at all.
     """
-    if rows is None and backend in ("auto", "cpu") and not torch.compiler.is_compiling():
-        found = node.afw_layer(x, offsets, (proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias), ring, scale, beta, dropout,
-                               seed, gated_target, reduction, with_loss)
-        if found is not None:
-            return found
+    plain = rows is None and not torch.compiler.is_compiling()
+    arguments = (x, offsets, (proj_weight, proj_bias, map_weight, map_bias, phi_weight, phi_bias), ring, scale, beta, dropout, seed,
+                 gated_target, reduction, with_loss)
+    if plain and backend in ("auto", "cpu") and (found := node.afw_layer(*arguments)) is not None:
+        return found
     check_layer(x, offsets, dropout)
     served = backends.choose("tensor_ring", x, backend, rank=proj_bias[0].shape[0])
+    if plain and served == "cuda" and (found := node.cuda_afw_layer(*arguments, cuda.dtype_code(x[0].dtype))) is not None:
+        return found
     tensors = [*x, *proj_weight, *proj_bias, *map_weight, *map_bias, *phi_weight, *phi_bias]
     if not torch.compiler.is_compiling():
         _check(x, tensors[len(x):], proj_bias[0].shape[0])

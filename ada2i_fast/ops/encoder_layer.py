@@ -12,7 +12,7 @@ Gradients, with g_s, g_a those that `dropout_residual_norm` has of its residual 
     g_y, g_a  of norm2;   g_inner = g_a W_2;   g_u = (relu_dropout's) g_inner;   g_y += g_u W_1
     g_x, g_a  of norm1;   g_mixed = g_a W_o;   g_qkv = (attention's) g_mixed;    g_x += g_qkv W_qkv
 
-On a CPU `cpu.node` takes an encoder in one call, where that is there and everything is plain; what follows is for all that it declines.
+On a CPU `node` takes an encoder in one call, where that is there and everything is plain; what follows is for all that it declines.
 
 A layer is one node of the graph that calls the backend without registered ops between, on a CPU one that is not large: the same numbers, on
 a CPU to the last bit. With small batches what Python and autograd cost between the ops is as much as the arithmetic. On a CPU the library's
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backends, cpu
-from ..cpu import node
+from .. import backends, cpu, node
 from .dialogue_attention import DialogueOffsets, check_sizes, dialogue_attention
 from .dropout import dropout_residual_norm, gradients_through, relu_dropout
 from .linear import KEPT, Branch, branch, here, linear, planned, product_backward, product_dtype, product_forward
@@ -127,7 +126,7 @@ def _differentiable(function: Callable[..., Tensor], tensors: Sequence[Tensor], 
 
 
 def differentiable_attention(tensors, lengths, heads, p, eps, seed, stream, dtype, grad) -> list[Tensor | None]:
-    """For the first half of a layer by `cpu.node`: x and six parameters."""
+    """For the first half of a layer by `node`: x and six parameters."""
     return _differentiable(lambda x, t: _attended(x, t, lengths, heads, p, eps, seed, stream, "cpu", "cpu", "auto"), tensors, dtype, grad)
 
 

@@ -1,7 +1,7 @@
 // What BalancedAdam (ada2i_fast/optim.py) asks of hundreds of tensors at every step on a CPU, and the library's two passes over them.
 #include "common.h"
 
-namespace ada2i {
+namespace ada2i_torch {
 namespace {
 
 Function measure{"ada2i_balanced_adam_measure"}, update{"ada2i_balanced_adam_update"};
@@ -100,4 +100,4 @@ Brought bring_balanced_adam(py::module& module) {
   return {{&measure, &update}, {}};
 }
 
-}  // namespace ada2i
+}  // namespace ada2i_torch

@@ -1,4 +1,4 @@
-// What the nodes of this folder share: libada2i_cpu's functions, tensors as Python hands them over, and nodes of autograd's graph.
+// What the nodes of this folder share: a library's functions, tensors as Python hands them over, and nodes of autograd's graph.
 //
 // Each does what a file of ada2i_fast/ops does for plain tensors, and declines everything else: then Python decides, and words the errors.
 // Built against one version of torch and of Python, and left out where another runs.
@@ -22,7 +22,7 @@
 
 #include "../cpu/ada2i_cpu.h"
 
-namespace ada2i {
+namespace ada2i_torch {
 
 using at::Tensor;
 using torch::autograd::SavedVariable;
@@ -54,11 +54,13 @@ inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::de
 inline PyTypeObject* parameter_class;
 inline c10::DispatchKeySet plain_keys;
 
-// A strided CPU tensor that nobody wraps, and no inference or fake tensor.
-inline bool plain(PyObject* object) {
-  if (Py_TYPE(object) != parameter_class && !THPVariable_CheckExact(object)) return false;
+inline bool is_tensor(PyObject* object) { return Py_TYPE(object) == parameter_class || THPVariable_CheckExact(object); }
+
+// A contiguous tensor, by its keys on a CPU, that nobody wraps, and no inference or fake tensor.
+inline bool plain(PyObject* object, c10::DispatchKeySet keys = plain_keys) {
+  if (!is_tensor(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
-  return t.key_set() == plain_keys && t.is_contiguous() && !t._fw_grad(0).defined();
+  return t.key_set() == keys && t.is_contiguous() && !t._fw_grad(0).defined();
 }
 
 // A list or a tuple, item by item; anything else has size -1.
@@ -88,28 +90,31 @@ inline bool has_shape(const Tensor& t, int64_t first, int64_t second = 0) {     
   return t.dim() == (second ? 2 : 1) && t.size(0) == first && (!second || t.size(1) == second);
 }
 
-// Whether nobody wants to see what happens, and no other backend is asked for.
+// Whether nobody wants to see what happens,
+inline bool unwatched() {
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+// and no backend but the CPU's is asked for.
 inline bool undisturbed() {
   const char* forced = std::getenv("ADA2I_FAST_BACKEND");
-  return (!forced || !*forced || !std::strcmp(forced, "auto") || !std::strcmp(forced, "cpu")) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  return (!forced || !*forced || !std::strcmp(forced, "auto") || !std::strcmp(forced, "cpu")) && unwatched();
 }
 
 inline bool wants_graph(const variable_list& tensors) {
   return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
-// With dropout the seed that is given, or, for None, one from torch's generator; false where it is no seed.
-inline bool read_seed(py::handle given, double dropout, Tensor& seed) {
+// With dropout the seed that is given, or, for None, one from torch's generator; false where it is no seed on the device of `like`.
+inline bool read_seed(py::handle given, double dropout, const Tensor& like, Tensor& seed) {
   if (dropout == 0) return true;
   if (given.is_none()) {
-    seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::TensorOptions().dtype(at::kLong));
+    seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, like.options().dtype(at::kLong));
     return true;
   }
-  if (!plain(given.ptr())) return false;
+  if (!plain(given.ptr(), like.key_set())) return false;
   seed = THPVariable_Unpack(given.ptr());
-  return seed.scalar_type() == at::kLong && seed.numel() == 1;
+  return seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == like.device();
 }
 
 inline const int64_t* address(const Tensor& seed) { return seed.defined() ? seed.const_data_ptr<int64_t>() : nullptr; }
@@ -180,4 +185,4 @@ Brought bring_afw_layer(py::module& module);
 Brought bring_encoder_layers(py::module& module);
 Brought bring_balanced_adam(py::module& module);
 
-}  // namespace ada2i
+}  // namespace ada2i_torch

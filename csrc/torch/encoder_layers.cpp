@@ -14,7 +14,7 @@
 
 #include <array>
 
-namespace ada2i {
+namespace ada2i_torch {
 namespace {
 
 Function linear_forward{"ada2i_linear_forward"}, linear_input{"ada2i_linear_input"}, linear_backward{"ada2i_linear_backward"},
@@ -450,7 +450,7 @@ py::object encoder_layers(py::handle x_, py::handle lengths, py::handle layers_,
     halves.push_back({stack, at + 1, at + 2, norm[1]});
   }
   Tensor seed;
-  if (!read_plan(at::GradMode::is_enabled(), s) || !read_seed(seed_, s.p, seed)) return py::none();
+  if (!read_plan(at::GradMode::is_enabled(), s) || !read_seed(seed_, s.p, x, seed)) return py::none();
   {
     py::gil_scoped_release release;
     for (size_t i = 0; i < halves.size(); i += 2) {
@@ -471,4 +471,4 @@ Brought bring_encoder_layers(py::module& module) {
           {{"encoder_attention", &second_order_attention}, {"encoder_inner", &second_order_inner}, {"plan", &plan}}};
 }
 
-}  // namespace ada2i
+}  // namespace ada2i_torch

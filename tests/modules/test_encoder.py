@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ada2i_fast import backends, cpu
-from ada2i_fast.cpu import node
+from ada2i_fast import node
 from ada2i_fast.modules import TransformerEncoder
 
 LENGTHS = [7, 1, 12, 4]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 from hypothesis import settings, strategies as st
 from torch import Tensor
 
+from ada2i_fast import node
 from ada2i_fast.ops import attention_mapping, keep_mask, tensor_ring
 from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring
 from ada2i_fast.reference.attention_mapping import AttentionMapping
@@ -213,3 +216,18 @@ def guarded(t: Tensor, margin: int = 67) -> tuple[Tensor, Tensor]:
     inside = buffer[margin:margin + t.numel()].view(t.shape)
     inside.copy_(t)
     return inside, buffer
+
+
+@contextmanager
+def by_way_of(way: str, name: str, monkeypatch) -> Iterator[None]:
+    """way: "python", for which `node` declines all calls of that name; or "node", which has to take at least one of them."""
+    one_call, served = getattr(node, name), []
+
+    def counted(*arguments):
+        found = one_call(*arguments) if way == "node" else None
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(node, name, counted)
+    yield
+    assert any(served) == (way == "node")

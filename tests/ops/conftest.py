@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ada2i_fast import cpu
-from ada2i_fast.cpu import node
+from ada2i_fast import cpu, node
+from afw_cases import by_way_of
 
 
 @pytest.fixture(params=cpu.tiers() if cpu.why_not() is None else [])
@@ -19,14 +19,6 @@ def tier(request):
 
 @pytest.fixture(params=["python", pytest.param("node", marks=pytest.mark.skipif(node.why_not() is not None, reason=str(node.why_not())))])
 def route(request, monkeypatch):
-    """Calls of the op that the test file names NODE by way of Python, and as one (`cpu.node`), which then has to take what it gets."""
-    one_call, served = getattr(node, request.module.NODE), []
-
-    def counted(*arguments):
-        found = one_call(*arguments) if request.param == "node" else None
-        served.append(found is not None)
-        return found
-
-    monkeypatch.setattr(node, request.module.NODE, counted)
-    yield request.param
-    assert any(served) == (request.param == "node")
+    """Calls of the op that the test file names NODE by way of Python, and as one (`node`), which then has to take what it gets."""
+    with by_way_of(request.param, request.module.NODE, monkeypatch):
+        yield request.param

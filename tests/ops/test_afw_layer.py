@@ -24,13 +24,13 @@ import cuda_cases  # noqa: E402
 import shim_build  # noqa: E402
 
 from ada2i_fast import backends, cpu  # noqa: E402
-from ada2i_fast.cpu import node  # noqa: E402
+from ada2i_fast import node  # noqa: E402
 from ada2i_fast.ops import afw_layer, attention_mapping, tensor_ring  # noqa: E402
 from ada2i_fast.reference import attention_mapping as textbook_mapping, tensor_ring as textbook_ring  # noqa: E402
 from ada2i_fast.reference.attention_mapping import AttentionMapping  # noqa: E402
 from ada2i_fast.reference.tensor_ring import TensorRing  # noqa: E402
-from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, cases, guarded, inputs, leaves, named,  # noqa: E402
-                       offsets, poisoned)
+from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, by_way_of, cases, guarded, inputs,  # noqa: E402
+                       leaves, named, offsets, poisoned)
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -313,7 +313,7 @@ def test_saves_a_quarter_of_what_the_textbook_saves(route):
         assert ours <= theirs / 4, f"{ours / theirs:.3f} of the textbook's {theirs} bytes"
 
 
-# --------------------------------------------------------------------------------------------------- in one call, by cpu.node
+# --------------------------------------------------------------------------------------------------- in one call, by node
 
 
 def by_python(monkeypatch, compute):
@@ -509,7 +509,7 @@ def test_a_node_of_another_version_rests(monkeypatch):
     monkeypatch.setattr(node, "ABI_VERSION", 2 ** 20)
     node._load.cache_clear()
     try:
-        assert "it speaks version 2 of the interface, this package 1048576: build it again" in node.why_not()
+        assert "it speaks version 3 of the interface, this package 1048576: build it again" in node.why_not()
         assert call(SMALL, leaves(inputs(SMALL), NAMES))[1].grad_fn.name() != "AFWLayerBackward"
     finally:
         monkeypatch.undo()
@@ -530,12 +530,12 @@ def test_why_there_is_no_node(monkeypatch, tmp_path):
         assert reason() == "not built: install the package (pip install -e .)"
         facts["reason"] = "torch was not there"
         assert reason() == "not built: torch was not there"
-        assert node.afw_layer() is None
+        assert node.afw_layer() is None and node.cuda_afw_layer() is None
         library.write_bytes(b"no library")
         assert "does not load" in reason()
         facts["torch"] = "1.0"
         assert reason() == f"built for torch 1.0, not {torch.__version__}: install the package again (pip install -e .)"
-        monkeypatch.setattr(node, "why_no_library", lambda: "no library for the CPU")
+        monkeypatch.setattr(cpu, "why_not", lambda: "no library for the CPU")
         assert reason() == "no library for the CPU"
     finally:
         monkeypatch.undo()
@@ -634,15 +634,15 @@ def assert_is_the_two_ops(case: Case, drawn, backend: str, **tolerance) -> None:
             check(f"{name}, filler left out", found, expected, rtol=4 * torch.finfo(expected.dtype).eps, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.fixture
-def cuda_kernels(monkeypatch):
-    """backend="cuda" on CPU tensors, the threads of a block in any order."""
+@pytest.fixture(params=["python", pytest.param("node", marks=needs_node)])
+def cuda_kernels(request, monkeypatch):
+    """backend="cuda" on CPU tensors, the threads of a block in any order; by way of Python, and in one call."""
     if shim_build.compiler() is None:
         pytest.skip("no C++ compiler")
     choose = backends.choose
     monkeypatch.setattr(backends, "choose", lambda op, x, backend="auto", rank=1: backend if backend == "cuda" else
                         choose(op, x, backend, rank))
-    with cuda_cases.shim(shim_build.compile_library()) as order:
+    with cuda_cases.shim(shim_build.compile_library()) as order, by_way_of(request.param, "cuda_afw_layer", monkeypatch):
         order("shuffled", seed=3)
         yield
 
@@ -711,6 +711,7 @@ def test_cuda_layer_refusals(cuda_kernels):
             call(SMALL, drawn, "cuda", seed=seed)
     with pytest.raises(ValueError, match="ring: expected 6 modalities, got 2"):
         call(SMALL, drawn, "cuda", ring=[[1], [0]])
+    call(SMALL, drawn, "cuda")
 
 
 def test_triton_layer_is_the_two_ops():

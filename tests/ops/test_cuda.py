@@ -13,14 +13,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_shim"))
 import cuda_cases as cases  # noqa: E402
 import test_afw_layer as layer  # noqa: E402
 
-from ada2i_fast import Ada2I, BalancedAdam, cuda  # noqa: E402
+from ada2i_fast import Ada2I, BalancedAdam, cuda, node  # noqa: E402
 from ada2i_fast.cuda import attention_mapping, balanced_adam, tensor_ring  # noqa: E402
 from ada2i_fast.ops import afw_layer  # noqa: E402
+from afw_cases import by_way_of  # noqa: E402
 from model_cases import small_config  # noqa: E402
 
 pytestmark = [pytest.mark.gpu]
 DEVICE = "cuda"
 each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
+@pytest.fixture(params=["cuda in one call", "cuda by python", "triton"])
+def backend(request, monkeypatch):
+    """That of `afw_layer`, for tests that have no `each_backend`: CUDA's as one call (`node`), which then has to take what it gets, and by way of Python."""
+    if request.param == "triton":
+        yield "triton"
+        return
+    way = "python" if request.param == "cuda by python" else "node"
+    if way == "node" and (reason := node.why_not()):
+        pytest.skip(reason)
+    with by_way_of(way, "cuda_afw_layer", monkeypatch):
+        yield "cuda"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -133,7 +147,6 @@ def on_device(drawn: dict) -> dict:
     return {name: [t.to(DEVICE) for t in tensors] for name, tensors in drawn.items()}
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*layer.DEVICE_CASES, layer.IEMOCAP])
 def test_layer_is_the_two_ops(case, dtype, backend):
@@ -148,7 +161,6 @@ def test_layer_is_the_two_ops(case, dtype, backend):
         layer.assert_is_the_two_ops(case, on_device(layer.decided(case, dtype)), backend, **tolerance)
 
 
-@each_backend
 @pytest.mark.parametrize("case", [layer.SMALL, layer.IEMOCAP], ids=["small", "iemocap"])
 @pytest.mark.parametrize("parameters", [None, torch.float32], ids=["one dtype", "float32 parameters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -202,7 +214,6 @@ def test_compiles_whole(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@each_backend
 def test_gradients_of_gradients(backend):
     drawn, results = layer.decided(layer.SMALL, torch.float32), []
     for name, dtype in ((backend, torch.float32), ("torch", torch.float64)):
@@ -215,7 +226,6 @@ def test_gradients_of_gradients(backend):
         torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
 
 
-@each_backend
 def test_layer_on_several_streams(backend):
     """Forward and backward of each on its own stream, at once: as one after the other."""
     at = [layer.leaves(on_device(layer.inputs(layer.with_options(layer.IEMOCAP, seed=i), torch.float32)), layer.NAMES) for i in range(3)]
@@ -233,7 +243,6 @@ def test_layer_on_several_streams(backend):
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@each_backend
 def test_layer_in_a_cuda_graph(backend, captured):
     """Captured once, replayed on new numbers; nothing waits for the device. Triton's gradients of parameters are launches of their own
     there, with other code, which may add up the 500 rows in another order: 500 roundings of 2^-24 of the largest at worst."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afw_cases import poisoned
 from ada2i_fast import cpu
-from ada2i_fast.cpu import node
+from ada2i_fast import node
 from ada2i_fast.ops import DialogueOffsets, dialogue_attention, encoder_layer, encoder_layers, linear
 from ada2i_fast.ops.dialogue_attention import dialogue_attention_seeded
 from ada2i_fast.ops.dropout import dropout_norm_torch, dropout_residual_norm, relu_dropout, relu_dropout_torch
@@ -445,7 +445,7 @@ def test_refusals():
         nodes(x.double(), [[t.double() for t in layer] for layer in parameters], [4, 2], 2, 0.0, backend="cpu")
 
 
-# ---- in one call, by cpu.node
+# ---- in one call, by node
 
 
 def one_call(x, parameters, lengths=(4, 5), heads=2, p=0.0, eps=None, seed=SEED, stream=0, out=None):
