@@ -26,15 +26,16 @@ The target may be the attention itself, where that is what the loss compares wit
 tensor_ring.forward, nobody reads anything but the outputs, and a backend may return them alone. A module may have `why_not(device, dtype, widths,
 rank) -> str | None` for limits of its own.
 
-`auto` takes the first of the table that can serve; for up to `MANY_ROWS` rows of float32 whose products may not run in TF32, `cuda` before
-`triton`: without tensor cores that takes two thirds longer for the 500 rows of a batch. From 5,000 rows on it is faster in a CUDA graph, twice
-at 50,000, but eager its launches keep the host for 6 ms (H200). In compiled code, where rows are a symbol, they count as few. `backend=` of
-an op, or ADA2I_FAST_BACKEND for all ops, names one; what cannot serve then raises. Nothing here touches a driver before a tensor lives on its
-device.
+`auto` takes the first of the table that can serve, but `cuda` before `triton` for so many rows as `CUDA_FIRST` says (all on an H200):
+eager, where the host counts, for it has fewer launches (500 rows: 1.5 ms with TF32 and 2.15 in bf16 instead of 2.4 and 3.3; 50,000 in bf16: 9.2
+instead of 6.0); in a CUDA graph, where kernels do, for float32 whose products may not run in TF32, which takes Triton two thirds longer for 500
+rows, and half as long for 50,000. Compiled code, where rows are a symbol, does the latter for any number. `backend=` of an op, or
+ADA2I_FAST_BACKEND for all ops, names one; what cannot serve then raises. Nothing here touches a driver before a tensor lives on its device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -43,9 +44,11 @@ import importlib.util
 import json
 import operator
 import os
+import sys
+import threading
 from pathlib import Path
 from types import ModuleType
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +57,8 @@ __all__ = ["BACKENDS", "MAX_RANK", "apply", "best", "check_shapes", "choose", "e
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 MAX_RANK = 32
-MANY_ROWS = 40_000
+# Rows up to which the CUDA kernels come first, by what serves: eager code, a CUDA graph, compiled code; of float32 without TF32, and else.
+CUDA_FIRST = {"eager": (40_000, 20_000), "graph": (5_000, 0), "compiled": (sys.maxsize, 0)}
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
 _DTYPE, _SHAPE = map(operator.attrgetter, ("dtype", "shape"))
@@ -104,15 +108,37 @@ def _why_not(op: str, backend: str, device: str, dtype: torch.dtype, widths: tup
 
 
 @torch.compiler.assume_constant_result
-def _decide(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int, many: bool = False) -> str:
-    exact = device == "cuda" and dtype == torch.float32 and not many and not tf32()
-    return _cached(op, backend, os.environ.get("ADA2I_FAST_BACKEND") or "", device, dtype, widths, rank, exact)
+def _decide(op: str, backend: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int, rows: int | None = None) -> str:
+    """rows: None in compiled code."""
+    cuda_first = device == "cuda" and _comes_cuda_first(dtype, rows)
+    return _cached(op, backend, os.environ.get("ADA2I_FAST_BACKEND") or "", device, dtype, widths, rank, cuda_first)
+
+
+def _comes_cuda_first(dtype: torch.dtype, rows: int | None) -> bool:
+    limits = CUDA_FIRST["compiled" if rows is None else "graph" if _graphs.wanted else "eager"]
+    return (rows or 0) <= limits[dtype != torch.float32 or tf32()] > 0
+
+
+class _Graphs(threading.local):
+    wanted = False
+
+
+_graphs = _Graphs()
+
+
+@contextlib.contextmanager
+def for_a_graph() -> Iterator[None]:
+    """What this thread calls inside is, or will be, in a CUDA graph."""
+    before, _graphs.wanted = _graphs.wanted, True
+    try:
+        yield
+    finally:
+        _graphs.wanted = before
 
 
 @functools.lru_cache(maxsize=1024)
 def _cached(op: str, backend: str, forced: str, device: str, dtype: torch.dtype, widths: tuple[int, ...], rank: int,
-            exact: bool = False) -> str:
-    """exact: whether these are products of float32 without TF32, of few rows."""
+            cuda_first: bool = False) -> str:
     for name in (backend, forced):
         if name not in ("", "auto", *BACKENDS):
             raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {name!r}")
@@ -121,7 +147,7 @@ def _cached(op: str, backend: str, forced: str, device: str, dtype: torch.dtype,
         if reason := _why_not(op, wanted, device, dtype, widths, rank):
             raise RuntimeError(f"{op}: backend {wanted!r} cannot serve this input: {reason}")
         return wanted
-    return next(name for name in (("cuda", "triton", "cpu", "torch") if exact else BACKENDS)
+    return next(name for name in (("cuda", "triton", "cpu", "torch") if cuda_first else BACKENDS)
                 if not (name == "triton" and device == "cpu") and _why_not(op, name, device, dtype, widths, rank) is None)
 
 
@@ -173,7 +199,7 @@ def choose(op: str, x: Sequence[Tensor], backend: str = "auto", rank: int = 1) -
     backend: "auto" or a name; RuntimeError with the reason where the named one cannot serve.
     """
     return _decide(op, backend, x[0].device.type, x[0].dtype, tuple([_fixed(x_j.shape[1]) for x_j in x]), _fixed(rank),
-                   not torch.compiler.is_compiling() and x[0].shape[0] > MANY_ROWS)
+                   None if torch.compiler.is_compiling() else x[0].shape[0])
 
 
 def _fixed(size: int) -> int:
@@ -192,7 +218,7 @@ def explain(op: str, *tensors: Tensor, rank: int = 1) -> str:
     """Which backend serves `op` for these tensors [N, D_j], and for each of the others why it does not; a line each."""
     facts = (tensors[0].device.type, tensors[0].dtype, tuple([t.shape[1] for t in tensors]), rank)
     try:
-        served = _decide(op, "auto", *facts, tensors[0].shape[0] > MANY_ROWS)
+        served = _decide(op, "auto", *facts, tensors[0].shape[0])
         lines = [f"{op}: {served}" + (" (ADA2I_FAST_BACKEND)" if os.environ.get("ADA2I_FAST_BACKEND") else "")]
     except RuntimeError as error:
         served, lines = None, [str(error)]
@@ -234,7 +260,7 @@ def check_version(found: int | None, version: int) -> None:
 def info() -> dict[str, str]:
     """What was built, for what, with what, and why not the rest: a line per backend."""
     lines = {}
-    for line, name, package in (("backend cpu", "cpu", ".cpu"), ("cpu, layers in one call", "torch", ".cpu.node"), ("backend cuda", "cuda", ".cuda")):
+    for line, name, package in (("backend cpu", "cpu", ".cpu"), ("layers in one call", "torch", ".node"), ("backend cuda", "cuda", ".cuda")):
         reason = importlib.import_module(package, __package__).why_not()
         described = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in build_facts(name).items()
                               if key not in ("library", "reason"))

@@ -16,6 +16,7 @@ from typing import Callable, ContextManager, Mapping, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..balance import modulation_coefficients
 from ..batch import DialogueBatch, FixedBatch
 from ..model import Ada2I
@@ -171,7 +172,7 @@ class GraphedStep:
     def _step(self, batch: DialogueBatch | FixedBatch, modulate: bool) -> Tensor:
         """An ordinary step. Returns loss, feature loss, ratios, coefficients and the norm in one vector."""
         self.optimizer.zero_grad()
-        with self.context():
+        with self.context(), backends.for_a_graph() if isinstance(batch, FixedBatch) else contextlib.nullcontext():
             out = self.model(batch)
         with branch(self.device) as beside:                     # backward does not wait for what is only looked at
             head = beside(functools.partial(self._observed, modulate), out.loss.detach(), out.feature_loss.detach(), *[rho.detach() for rho in out.ratio.values()])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, cpu
+from ada2i_fast import Ada2I, BalancedAdam, DialogueBatch, backends, cpu
 from ada2i_fast.batch import FixedBatch
 from ada2i_fast.ops import attention_mapping, cosine_fusion, dialogue_attention
 from ada2i_fast.ops.dialogue_attention import DialogueOffsets
@@ -422,6 +422,16 @@ def test_a_step_launches_no_more_than_it_did(form, most):
 def test_batches_on_a_cpu_stay_as_they_are():
     host = [batch_of(lengths) for lengths in LENGTHS]
     assert all(a is b for a, b in zip(host, ahead(iter(host), torch.device("cpu")), strict=True))
+
+
+@pytest.mark.parametrize("mode, in_a_graph", [("padded", True), ("eager", False)])
+def test_backends_know_of_graphs(monkeypatch, mode, in_a_graph):
+    """In a graph kernels count, and eager the host: another backend may be the best."""
+    choose, found = backends.choose, []
+    monkeypatch.setattr(backends, "choose", lambda op, *given, **named: found.append((op, backends._graphs.wanted)) or choose(op, *given, **named))
+    model = model_of("published", torch.float32, "torch")
+    GraphedStep(model, BalancedAdam(model, lr=1e-3), mode=mode)(batch_of(LENGTHS[0], torch.float32))
+    assert {wanted for op, wanted in found if op == "tensor_ring"} == {in_a_graph} and not backends._graphs.wanted
 
 
 # ---- on a GPU
