@@ -266,14 +266,14 @@ def test_head_does_not_synchronise():
 
 
 def test_resources():
-    """Every kernel at IEMOCAP sizes on sm_90, float32, TF32 and bfloat16."""
-    compare(resources.table(["iemocap"], ["float32", "tf32", "bfloat16"], [90]))
+    """Every kernel at IEMOCAP sizes on sm_90 with products in TF32, whatever the table says: that it is of what there is."""
+    compare(resources.table(["iemocap"], ["tf32"], [90]))
 
 
 def test_factors_of_tf32_products_are_rounded():
     """Tensor cores would cut them off, which no interpreter shows."""
     with resources.precision("tf32"):
-        launches = resources.launches_of("meld", torch.float32)
+        launches = resources.launches_of("iemocap", torch.float32)
     multiplying = set()
     for kernel, args, kwargs in resources.distinct(launches):
         what, options = resources.source(kernel, args, kwargs)
