@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ QUICK, SLOW = ("--cases", "quick"), ("--cases", "slow")
 EARLY = "_ada2i_cases"           # where pytest's config holds `Run`s that began before its tests did, by their options
 CORES = min(16, os.cpu_count() or 1)
 SCRIPT = Path(__file__).with_name("triton_cases.py")
+NICE = ["nice"] if shutil.which("nice") else []      # behind the other tests, which take longer in their one process
 
 
 def keys(table: str) -> list[str]:
@@ -37,7 +39,7 @@ class Run:
         folder = Path(self._folder.name)
         for i in range(len(self._processes), processes):
             with open(folder / f"out.{i}", "w") as out, open(folder / f"err.{i}", "w") as err:
-                self._processes.append(subprocess.Popen([sys.executable, SCRIPT, *self._options, "--claims", folder / "claims"], stdout=out, stderr=err))
+                self._processes.append(subprocess.Popen([*NICE, sys.executable, SCRIPT, *self._options, "--claims", folder / "claims"], stdout=out, stderr=err))
 
     def results(self) -> dict[str, list]:
         """The cases' checks."""
