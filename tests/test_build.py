@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -135,7 +135,7 @@ def test_missing_tools_are_a_reason_or_an_error(fake_compilers, monkeypatch):
 
 def test_the_node_is_for_the_torch_that_is_there(fake_compilers, monkeypatch):
     """In the target environment, which an isolated build does not import from, or wherever this Python finds it."""
-    here = torch_version()
+    here = torch.__version__
     assert build(fake_compilers)["torch"] == {"library": "libada2i_torch.so", "compiler": "Fake compiler 1.0", "torch": here,
                                               "python": "%d.%d" % sys.version_info[:2]}
     assert "-lc10 -ltorch_cpu -ltorch_python" in (fake_compilers / "objects" / "torch" / "build.ninja").read_text()
@@ -152,9 +152,6 @@ def test_the_node_is_for_the_torch_that_is_there(fake_compilers, monkeypatch):
     assert "torch was not installed when this package was" in build(fake_compilers)["torch"]["reason"]
     assert not (fake_compilers / "lib" / "libada2i_torch.so").exists()
 
-
-def torch_version() -> str:
-    return importlib.metadata.version("torch")
 
 
 def test_a_failing_compiler_is_a_reason(fake_compilers, monkeypatch):

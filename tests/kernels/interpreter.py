@@ -1,10 +1,18 @@
-"""Triton's interpreter in a half to a fourth of its time."""
+"""Triton's interpreter: whether it works here, and in a half to a fourth of its time."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy
+import triton
 from triton.runtime import interpreter
+
+
+def why_not() -> str | None:
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return "the interpreter of Triton 3.6 needs NumPy below 2.4"
+    return None
 
 
 def hurry(overflow: bool) -> None:

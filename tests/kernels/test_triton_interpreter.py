@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytest.importorskip("ada2i_fast.kernels")
 
-if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
+import interpreter  # noqa: E402
+
+if reason := interpreter.why_not():
+    pytest.skip(reason, allow_module_level=True)
 
 import encoder_cases  # noqa: E402
 from runs import EARLY, QUICK, SLOW, beyond, keys, results  # noqa: E402
