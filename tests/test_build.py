@@ -153,7 +153,6 @@ def test_the_node_is_for_the_torch_that_is_there(fake_compilers, monkeypatch):
     assert not (fake_compilers / "lib" / "libada2i_torch.so").exists()
 
 
-
 def test_a_failing_compiler_is_a_reason(fake_compilers, monkeypatch):
     broken = fake_compilers / "broken"
     broken.write_text(f"#!{sys.executable}\nimport sys\nif '--version' in sys.argv: print('Broken 1')\nelse: sys.exit('error: no')\n")
