@@ -133,14 +133,37 @@ INLINE void masked(double* p, uint32_t m, Vector<double> v) { _mm512_mask_storeu
 template <class S> INLINE void masked(S* p, uint32_t m, Vector16 v) { _mm256_mask_storeu_epi16(p, __mmask16(m), (__m256i)v); }
 #endif
 
+#if defined(__AVX2__) && !defined(ADA2I_MASKS)
+// All ones in the first n of eight lanes of four bytes, or of four lanes of eight.
+INLINE __m256i first_of(int64_t n, int bytes) {
+  alignas(64) static constexpr int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)(ones + 8 - n * bytes / 4));
+}
+INLINE Vector<float> masked(const float* p, __m256i m) { return (Vector<float>)_mm256_maskload_ps(p, m); }
+INLINE Vector<double> masked(const double* p, __m256i m) { return (Vector<double>)_mm256_maskload_pd(p, m); }
+#endif
+
+// The first n of less than a vector of numbers: halves of one, quarters and so on.
+template <class S> INLINE void copy(S* to, const S* from, int64_t n) {
+#pragma GCC unroll 3
+  for (int size = Lanes<Compute<S>>::count / 2; size > 0; size /= 2)
+    if (n & size) {
+      __builtin_memcpy(to, from, size * sizeof(S));
+      to += size, from += size;
+    }
+}
+
 template <class S> INLINE Vector<Compute<S>> load(const S* p, int64_t n) {
   constexpr int lanes = Lanes<Compute<S>>::count;
   if (n >= lanes) return load(p);
 #if defined(ADA2I_MASKS)
   return widen(masked(p, (1u << n) - 1), p);
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) return masked(p, first_of(n, sizeof(S)));
+#endif
   S part[lanes] = {};
-  for (int i = 0; i < n; ++i) part[i] = p[i];
+  copy(part, p, n);
   return load((const S*)part);
 #endif
 }
@@ -153,7 +176,7 @@ template <class S> INLINE void store(S* p, Vector<Compute<S>> value, int64_t n) 
 #else
   S part[lanes];
   store(part, value);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+  copy(p, part, n);
 #endif
 }
 
