@@ -22,7 +22,7 @@ from . import backends, cpu, cuda
 __all__ = ["afw_layer", "balanced_adam", "cuda_afw_layer", "encoder_layers", "why_not"]
 
 PATH = cpu.PATH.with_name("libada2i_torch.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from .. import backends
 
 __all__ = ["address", "cast", "flush", "library", "set_tier", "tier", "tiers", "together", "why_not"]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 PATH = Path(__file__).parent.parent / "lib" / "libada2i_cpu.so"
 BF16_TIERS = ("amx_bf16", "avx512_bf16")       # those that multiply bf16 as it stands
 FLOAT32_TIERS = ("amx_bf16",)                  # those that multiply float32 faster than by vectors

@@ -20,10 +20,11 @@ from .tensor_ring import run
 
 @functools.lru_cache(maxsize=256)
 def _state_places(rows: int, dialogues: int, widths: tuple[int, ...], rank: int, dtype: torch.dtype) -> list[int]:
-    """Where in the state each modality's projections, means, attentions and signs begin, kind by kind, and where it ends; in bytes."""
+    """Where in the state each modality's projections, means, attentions and signs begin, kind by kind, and where it ends; in bytes. Behind the
+    signs is a bit for each of them, of rows in multiples of 64: what dropout has kept."""
     m, precise = len(widths), accumulator(dtype).itemsize
     sizes = [*[4 * rank * rows * precise] * m, *[dialogues * rank * rank * precise] * m, *(rows * d * dtype.itemsize for d in widths),
-             *(rows * d for d in widths)]
+             *(rows * (d + (d + 63) // 64 * 8) for d in widths)]
     return [*itertools.accumulate([(n + 63) // 64 * 64 for n in sizes], initial=0)]
 
 

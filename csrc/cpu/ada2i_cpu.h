@@ -16,7 +16,8 @@ struct TensorRing {
   void* loss;               // its result, in backward the gradient of that. float, double for ADA2I_FLOAT64
   // Lists of M arrays, one after the other; contiguous, of the storage type; proj [N, 4R] and A [B, R, R]
   // float, or double for ADA2I_FLOAT64. proj_weight [R, D] and proj_bias [R] of q1, q2, k1, k2: lists of 4M arrays, theirs of modality 0
-  // first; their gradients are stacked, [4R, D] and [4R]. In brackets what attention_mapping adds.
+  // first; their gradients are stacked, [4R, D] and [4R]. In brackets what attention_mapping adds: of int8, signs [N, D], and behind them of each
+  // row ceil(D / 64) * 8 bytes, what dropout has kept.
   //   forward   x proj_weight proj_bias map_weight map_bias
   //             | out target(null: none) proj A attention (null, all three: none) [phi phi_bias | sign]
   //   backward  x proj_weight map_weight proj A attention grad_out grad_target(null: 0)

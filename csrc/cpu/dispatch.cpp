@@ -115,7 +115,7 @@ ADA2I_EXPORT const char* ada2i_cpu_tier_name(int index) {
   return index < tiers.count ? tiers.tier[tiers.count - 1 - index].name : nullptr;
 }
 // Grows when an entry changes its meaning; ada2i_fast/cpu/__init__.py has the same number.
-ADA2I_EXPORT int ada2i_cpu_abi_version() { return 7; }
+ADA2I_EXPORT int ada2i_cpu_abi_version() { return 8; }
 
 ADA2I_EXPORT const char* ada2i_cpu_tier() { return chosen()->name; }
 

@@ -112,14 +112,53 @@ INLINE uint32_t dropout_threshold(double p) {
   return limit < 4294967295.0 ? uint32_t(limit) : 0xffffffffu;
 }
 
+// Which lanes are kept: those whose word is at least the threshold. Bit i is lane i.
+INLINE uint32_t kept_lanes(const uint32_t* words, uint32_t threshold, float*) {
+  Vector<uint32_t> word;
+  __builtin_memcpy(&word, words, sizeof word);
+#if defined(ADA2I_MASKS)
+  return _mm512_cmpge_epu32_mask((__m512i)word, _mm512_set1_epi32(int(threshold)));
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)(word >= threshold)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps((__m128)(word >= threshold)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Lanes<float>::count; ++i) bits |= uint32_t(word[i] >= threshold) << i;
+  return bits;
+#endif
+}
+INLINE uint32_t kept_lanes(const uint32_t* words, uint32_t threshold, double*) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Lanes<double>::count; ++i) bits |= uint32_t(words[i] >= threshold) << i;
+  return bits;
+}
+
+// The same of `columns` columns, at most kWords: bit i is column i.
+template <class T, int columns> INLINE uint32_t kept_columns(const uint32_t* words, uint32_t threshold) {
+  constexpr int lanes = Lanes<T>::count;
+  uint32_t bits = 0;
+#pragma GCC unroll 4
+  for (int v = 0; v < columns; v += lanes) bits |= kept_lanes(words + v, threshold, (T*)0) << v;
+  return bits;
+}
+
+// value * kept in the lanes whose bit is set, else 0.
+template <class T> INLINE Vector<T> keep(Vector<T> value, uint32_t bits, T kept) {
+#if defined(ADA2I_MASKS)
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_mul_ps(__mmask16(bits), (__m512)value, _mm512_set1_ps(kept));
+  else return (Vector<T>)_mm512_maskz_mul_pd(__mmask8(bits), (__m512d)value, _mm512_set1_pd(kept));
+#else
+  typedef Vector<typename LaneNumber<sizeof(T)>::type> Lane;
+  Lane bit;
+  for (int i = 0; i < Lanes<T>::count; ++i) bit[i] = 1 << i;
+  return ((Lane{} + bits) & bit) != 0 ? value * kept : Vector<T>{};
+#endif
+}
+
 // value * kept where the word is at least the threshold, else 0.
 INLINE Vector<float> keep(Vector<float> value, const uint32_t* words, uint32_t threshold, float kept) {
   Vector<uint32_t> word;
   __builtin_memcpy(&word, words, sizeof word);
   return word >= threshold ? value * kept : Vector<float>{};
-}
-INLINE Vector<double> keep(Vector<double> value, const uint32_t* words, uint32_t threshold, double kept) {
-  Vector<uint64_t> word;
-  for (int i = 0; i < Lanes<double>::count; ++i) word[i] = words[i];
-  return word >= uint64_t(threshold) ? value * kept : Vector<double>{};
 }

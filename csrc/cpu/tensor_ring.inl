@@ -158,6 +158,26 @@ template <class F> struct PackedForItself {
   }
 };
 
+// Behind the signs of a modality's rows, what dropout keeps of them: bit by bit, kColumns together, for backward, which need not draw it again.
+// Not in double, of whose columns fewer go together than a byte has bits.
+INLINE int64_t mark_stride(int64_t D) { return round_up(D, 64) / 8; }
+template <int bytes> struct Bits { typedef uint8_t type; };
+template <> struct Bits<2> { typedef uint16_t type; };
+template <> struct Bits<4> { typedef uint32_t type; };
+template <class T> struct Marks {
+  static constexpr bool exist = sizeof(T) == 4;
+  typedef typename Bits<kColumns<T> / 8>::type Some;
+  static ALWAYS_INLINE void put(uint8_t* row, int64_t d, uint32_t bits) {
+    const auto some = Some(bits);
+    __builtin_memcpy(row + d / 8, &some, sizeof some);
+  }
+  static ALWAYS_INLINE uint32_t get(const uint8_t* row, int64_t d) {
+    Some some;
+    __builtin_memcpy(&some, row + d / 8, sizeof some);
+    return some;
+  }
+};
+
 template <class S, class P> static int tensor_ring_forward(const TensorRing* args) {
   using T = Compute<S>;
   using E = Packed<S>;
@@ -285,10 +305,16 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
         }
         pack_left(tile_left, i, R * R, [&](int64_t d, int64_t n) { return i < height ? load(outer_row + d, n) : Vector<T>{}; });
       }
+      int8_t* sign = mapping ? (int8_t*)t[SIGN * M + j] + first * D : nullptr;
+      uint8_t* marks = mapping ? (uint8_t*)t[SIGN * M + j] + rows * D + first * mark_stride(D) : nullptr;
       // `columns` of row i from d on, whose sums lie at c. The target goes where they are, or would be, among all of the tile's.
       auto gate = [=](int64_t i, int64_t d, int64_t columns, const T* c) __attribute__((always_inline)) {
-        uint32_t words[kWords];
-        if (dropping) philox(seed, first + i, uint32_t(j), d, words);
+        uint32_t words[kWords], bits = 0;
+        if (dropping) {
+          philox(seed, first + i, uint32_t(j), d, words);
+          bits = kept_columns<T, kColumns<T>>(words, threshold);
+          if (Marks<T>::exist && mapping) Marks<T>::put(marks + i * mark_stride(D), d, bits);
+        }
         for (int64_t v = 0; v < columns; v += lanes) {
           const int64_t n = columns - v, at = i * D + d + v;
           auto att = load(c + v) + load(bias + d + v, n);
@@ -297,12 +323,12 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
           if (attention) store(attention + at, att, n);
           if (target) store(target + at, gated, n);
           if (mapping) store(sums_at<E>(attended, i, d + v), gated_target ? gated : att);
-          if (dropping) gated = keep(gated, words + v, threshold, kept);
+          if (dropping) gated = keep(gated, bits >> v, kept);
           store(out + at, gated, n);
         }
       };
       auto target_at = [=](int64_t i, int64_t d, int64_t n) __attribute__((always_inline)) { return load((const T*)sums_at<E>(attended, i, d), n); };
-      MappingTile<S, P> loss{mapping ? (const P*)t[PHI_BIAS * M + j] : nullptr, D, mapping ? (int8_t*)t[SIGN * M + j] + first * D : nullptr};
+      MappingTile<S, P> loss{mapping ? (const P*)t[PHI_BIAS * M + j] : nullptr, D, sign};
       if (kBesideTiles<E, E> && mapping) {
         // Beside Phi, whose tiles take longer, and by rows, which memory likes better.
         Nothing nothing;
@@ -462,14 +488,22 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         const S* grad_out = (const S*)t[GRAD_OUT * M + j] + first * D;
         const S* grad_target = t[GRAD_TARGET * M + j] ? (const S*)t[GRAD_TARGET * M + j] + first * D : nullptr;
         const int8_t* sign = mapping ? (const int8_t*)t[SIGN * M + j] + first * D : nullptr;
+        const uint8_t* marks = mapping ? (const uint8_t*)t[SIGN * M + j] + rows * D + first * mark_stride(D) : nullptr;
         const T factor = mapping ? gradients.data[M + j * of_x + 1].scale : T(0);
         S* grad_x = (S*)t[GRAD_X * M + j] + first * D;
         auto g_att = (Operand<S>*)gradients.data[j].left + place * D;
         // g_att, as it is and packed, and the direct part of g_x.
         auto gate = [=](int64_t i, int64_t d) __attribute__((always_inline)) {
           constexpr int64_t some = Lanes<Word<E>>::count * per;
-          uint32_t words[kWords];
-          if (dropping && i < height) philox(seed, first + i, uint32_t(j), d, words);
+          uint32_t words[kWords], bits = 0;
+          if (dropping && i < height) {
+            if (Marks<T>::exist && mapping) {
+              bits = Marks<T>::get(marks + i * mark_stride(D), d);
+            } else {
+              philox(seed, first + i, uint32_t(j), d, words);
+              bits = kept_columns<T, kColumns<T>>(words, threshold);
+            }
+          }
 #pragma GCC unroll 4
           for (int64_t v = 0; v < kColumns<T>; v += some) {
             if (d + v >= D) break;
@@ -479,7 +513,7 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
               auto g = load(grad_out + at, n);
               auto target = grad_target ? load(grad_target + at, n) : Vector<T>{};
               if (mapping) target -= factor * load_signs<T>(sign + at, n);
-              if (dropping) g = keep(g, words + (column - d), threshold, kept);
+              if (dropping) g = keep(g, bits >> (column - d), kept);
               if (gated_target) g += target;
               auto att = g * load(x + at, n);
               if (!gated_target) att += target;

@@ -37,7 +37,8 @@ void call(const Function& function, const Layer& layer, const Tensor& offsets, c
                            offsets.const_data_ptr<int64_t>(), address(seed), loss ? layer.coefficient : nullptr, loss, tensors});
 }
 
-// Where in the state each modality's projections, means, attentions and signs begin, kind by kind; returns where it ends. In bytes.
+// Where in the state each modality's projections, means, attentions and signs begin, kind by kind; returns where it ends. In bytes. On a CPU a
+// bit for each of them lies behind the signs, of rows in multiples of 64: what dropout has kept.
 int64_t places(const Layer& layer, int64_t* at) {
   const int64_t precise = c10::elementSize(accumulator(layer.dtype)), size = c10::elementSize(layer.dtype);
   const int64_t aligned = layer.on_cpu() ? 64 : 512;
@@ -46,7 +47,8 @@ int64_t places(const Layer& layer, int64_t* at) {
     for (int64_t j = 0; j < layer.m; ++j) {
       *at++ = end;
       const int64_t bytes[] = {4 * layer.rank * layer.rows * (layer.on_cpu() ? precise : size), layer.dialogues * layer.rank * layer.rank * precise,
-                               layer.rows * layer.widths[j] * size, layer.rows * layer.widths[j]};
+                               layer.rows * layer.widths[j] * size,
+                               layer.rows * (layer.widths[j] + (layer.on_cpu() ? (layer.widths[j] + 63) / 64 * 8 : 0))};
       end += (bytes[kind] + aligned - 1) / aligned * aligned;
     }
   return end;

@@ -4,7 +4,7 @@
 #include "common.h"
 
 PYBIND11_MODULE(ada2i_torch, module) {
-  module.attr("ABI_VERSION") = 3;
+  module.attr("ABI_VERSION") = 4;
   static std::vector<ada2i_torch::Brought> brought;      // once a process: pybind keeps the module
   brought = {ada2i_torch::bring_afw_layer(module), ada2i_torch::bring_encoder_layers(module), ada2i_torch::bring_balanced_adam(module)};
   // address: of a function of libada2i_cpu, by its name. parameter: torch.nn.Parameter. callbacks: by name, what the files ask Python for.

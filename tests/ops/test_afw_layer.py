@@ -506,10 +506,11 @@ def test_node_begun_in_inference_mode():
 
 @needs_node
 def test_a_node_of_another_version_rests(monkeypatch):
+    built = node.ABI_VERSION
     monkeypatch.setattr(node, "ABI_VERSION", 2 ** 20)
     node._load.cache_clear()
     try:
-        assert "it speaks version 3 of the interface, this package 1048576: build it again" in node.why_not()
+        assert f"it speaks version {built} of the interface, this package 1048576: build it again" in node.why_not()
         assert call(SMALL, leaves(inputs(SMALL), NAMES))[1].grad_fn.name() != "AFWLayerBackward"
     finally:
         monkeypatch.undo()
