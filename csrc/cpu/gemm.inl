@@ -623,13 +623,15 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
     return row_step((E*)0, row, r + 1 < k ? row + m : nullptr, there > column ? there - column : 0);
   };
   if constexpr (!kTiles<E>) {
-    for (int64_t r = 0; r < k; r += per)
+    for (int64_t r = 0; r < k; r += per) {
+      for (int64_t at = 0; at < strips * height; at += 64 / int64_t(sizeof(L))) __builtin_prefetch(left + (r + 8) * m + at);
       for (int64_t s = 0; s < strips; ++s)
         for (int i = 0; i < height; i += lanes) {
           const auto step = step_at(r, s * height + i);
           __builtin_memcpy((U*)(to + s * each) + r / per * height + i, &step, kBytes);
           see(s, i, step);
         }
+    }
   } else {                                                    // a strip's rows are columns here: squares of vectors change sides
     for (int64_t r = 0; r < k; r += per * lanes)
       for (int64_t s = 0; s < strips; ++s)
