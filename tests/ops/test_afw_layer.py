@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from ada2i_fast.reference.attention_mapping import AttentionMapping  # noqa: E40
 from ada2i_fast.reference.tensor_ring import TensorRing  # noqa: E402
 from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, by_way_of, cases, guarded, inputs,  # noqa: E402
                        leaves, named, offsets, poisoned)
+from runs import NICE  # noqa: E402
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -715,16 +717,36 @@ def test_cuda_layer_refusals(cuda_kernels):
     call(SMALL, drawn, "cuda")
 
 
-def test_triton_layer_is_the_two_ops():
+class InterpretedLayer:
+    """`main` below, in two processes, which conftest.py begins before all tests: on the cores that those, of one thread mostly, leave."""
+
+    def __init__(self) -> None:
+        self.errors = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.halves = [subprocess.Popen([*NICE, sys.executable, __file__, str(i)], env={**os.environ, "TRITON_INTERPRET": "1"}, stderr=error)
+                       for i, error in enumerate(self.errors)]
+
+    def wait(self) -> str | None:
+        """What went wrong."""
+        if not any([half.wait() for half in self.halves]):
+            return None
+        for error in self.errors:
+            error.seek(0)
+        return "\n".join(error.read()[-4000:] for error in self.errors)
+
+    def stop(self) -> None:
+        for half, error in zip(self.halves, self.errors):
+            half.kill()
+            half.wait()
+            error.close()
+
+
+def test_triton_layer_is_the_two_ops(interpreted_layer):
     pytest.importorskip("triton")
     import interpreter
 
     if reason := interpreter.why_not():
         pytest.skip(reason)
-    halves = [subprocess.Popen([sys.executable, __file__, str(i)], env={**os.environ, "TRITON_INTERPRET": "1"}, stderr=subprocess.PIPE, text=True)
-              for i in range(2)]
-    errors = [half.communicate()[1] for half in halves]
-    assert [half.returncode for half in halves] == [0, 0], "\n".join(error[-4000:] for error in errors)
+    assert interpreted_layer.wait() is None
 
 
 def main(first: int) -> None:
