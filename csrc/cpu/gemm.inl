@@ -77,6 +77,12 @@ INLINE Vector<float> multiply_add(Vector<float> total, uint32_t a, Vector<uint32
 }
 #endif
 
+// Asks for `count` numbers that will soon be needed, into the cache of that level: while a product goes on, the processor itself does not look that
+// far ahead.
+template <int level = 2, class S> INLINE void ask(const S* p, int64_t count) {
+  for (int64_t at = 0; at < count; at += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + at, 0, 4 - level);
+}
+
 // Where step k of row i lies within a strip.
 struct Strips { static constexpr int at(int i, int k, int strip) { return i * strip + k; } };
 struct Columns { static constexpr int at(int i, int k, int) { return k * kRows + i; } };
@@ -624,7 +630,7 @@ INLINE void pack_left_columns(E* to, int64_t each, const L* left, int64_t m, int
   };
   if constexpr (!kTiles<E>) {
     for (int64_t r = 0; r < k; r += per) {
-      for (int64_t at = 0; at < strips * height; at += 64 / int64_t(sizeof(L))) __builtin_prefetch(left + (r + 8) * m + at);
+      ask<1>(left + (r + 8) * m, strips * height);
       for (int64_t s = 0; s < strips; ++s)
         for (int i = 0; i < height; i += lanes) {
           const auto step = step_at(r, s * height + i);

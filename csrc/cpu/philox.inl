@@ -134,10 +134,11 @@ INLINE uint32_t kept_lanes(const uint32_t* words, uint32_t threshold, double*) {
   return bits;
 }
 
-// The same of `columns` columns, at most kWords: bit i is column i.
-template <class T, int columns> INLINE uint32_t kept_columns(const uint32_t* words, uint32_t threshold) {
+// The same of the row's `columns` columns from `column` on, at most kWords.
+template <class T, int columns> INLINE uint32_t kept_columns(uint64_t seed, int64_t row, uint32_t stream, int64_t column, uint32_t threshold) {
   constexpr int lanes = Lanes<T>::count;
-  uint32_t bits = 0;
+  uint32_t words[kWords], bits = 0;
+  philox(seed, row, stream, column, words);
 #pragma GCC unroll 4
   for (int v = 0; v < columns; v += lanes) bits |= kept_lanes(words + v, threshold, (T*)0) << v;
   return bits;

@@ -178,12 +178,6 @@ template <class T> struct Marks {
   }
 };
 
-// Asks for kColumns numbers that will be needed with the next tile: while one is multiplied, the processor itself does not look that far ahead.
-template <class S> INLINE void ask(const S* p) {
-#pragma GCC unroll 4
-  for (int64_t at = 0; at < kColumns<Compute<S>>; at += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + at, 0, 2);
-}
-
 template <class S, class P> static int tensor_ring_forward(const TensorRing* args) {
   using T = Compute<S>;
   using E = Packed<S>;
@@ -266,9 +260,7 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       weights.need(j, 0, projection_panels);
       pack_left_rows(tile_left, x, D, D, height);
       multiply<Strips>(tile_left, projection.data[j] + mine, D, 4 * R, [&](const T* c, int64_t column, int64_t columns, int64_t from, int64_t to) {
-        if (column == 0)
-          for (int64_t i = from; i < to; ++i)
-            for (int64_t d = 0; d < D; d += kColumns<T>) ask(x + (kHeight<E> + i) * D + d);
+        if (column == 0) ask(x + (kHeight<E> + from) * D, (to - from) * D);            // the next tile's
         for (int64_t i = from; i < smaller(to, height); ++i)
           for (int64_t v = 0; v < columns; v += lanes)
             store(out + i * 4 * R + column + v, load(c + i * kColumns<T> + v) + load(bias + column + v, columns - v), columns - v);
@@ -318,15 +310,14 @@ template <class S, class P> static int tensor_ring_forward(const TensorRing* arg
       uint8_t* marks = mapping ? (uint8_t*)t[SIGN * M + j] + rows * D + first * mark_stride(D) : nullptr;
       // `columns` of row i from d on, whose sums lie at c. The target goes where they are, or would be, among all of the tile's.
       auto gate = [=](int64_t i, int64_t d, int64_t columns, const T* c) __attribute__((always_inline)) {
-        const int64_t coming = (i + kHeight<E>) * D + d;
-        ask(x + coming);
-        ask(out + coming);
-        if (attention) ask(attention + coming);
-        if (mapping) __builtin_prefetch(sign + coming, 0, 2);
-        uint32_t words[kWords], bits = 0;
+        const int64_t coming = (i + kHeight<E>) * D + d;      // in the next tile
+        ask(x + coming, kColumns<T>);
+        ask(out + coming, kColumns<T>);
+        if (attention) ask(attention + coming, kColumns<T>);
+        if (mapping) ask(sign + coming, kColumns<T>);
+        uint32_t bits = 0;
         if (dropping) {
-          philox(seed, first + i, uint32_t(j), d, words);
-          bits = kept_columns<T, kColumns<T>>(words, threshold);
+          bits = kept_columns<T, kColumns<T>>(seed, first + i, uint32_t(j), d, threshold);
           if (Marks<T>::exist && mapping) Marks<T>::put(marks + i * mark_stride(D), d, bits);
         }
         for (int64_t v = 0; v < columns; v += lanes) {
@@ -509,21 +500,17 @@ template <class S, class P> static int tensor_ring_backward(const TensorRing* ar
         // g_att, as it is and packed, and the direct part of g_x.
         auto gate = [=](int64_t i, int64_t d) __attribute__((always_inline)) {
           constexpr int64_t some = Lanes<Word<E>>::count * per;
-          const int64_t coming = (i + kHeight<E>) * D + d;
-          ask(x + coming);
-          ask(grad_out + coming);
-          ask(attention + coming);
-          ask(grad_x + coming);
-          ask(g_att + coming);
-          if (mapping) __builtin_prefetch(sign + coming, 0, 2);
-          uint32_t words[kWords], bits = 0;
+          const int64_t coming = (i + kHeight<E>) * D + d;    // in the next tile
+          ask(x + coming, kColumns<T>);
+          ask(grad_out + coming, kColumns<T>);
+          ask(attention + coming, kColumns<T>);
+          ask(grad_x + coming, kColumns<T>);
+          ask(g_att + coming, kColumns<T>);
+          if (mapping) ask(sign + coming, kColumns<T>);
+          uint32_t bits = 0;
           if (dropping && i < height) {
-            if (Marks<T>::exist && mapping) {
-              bits = Marks<T>::get(marks + i * mark_stride(D), d);
-            } else {
-              philox(seed, first + i, uint32_t(j), d, words);
-              bits = kept_columns<T, kColumns<T>>(words, threshold);
-            }
+            if (Marks<T>::exist && mapping) bits = Marks<T>::get(marks + i * mark_stride(D), d);
+            else bits = kept_columns<T, kColumns<T>>(seed, first + i, uint32_t(j), d, threshold);
           }
 #pragma GCC unroll 4
           for (int64_t v = 0; v < kColumns<T>; v += some) {
