@@ -1,4 +1,4 @@
-"""Runs triton_cases.py in processes of its own: under the interpreter, or on a GPU."""
+"""Runs cases of Triton in processes of their own, under the interpreter or on a GPU: triton_cases.py, and the layer's of test_afw_layer.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-QUICK, SLOW = ("--cases", "quick"), ("--cases", "slow")
-EARLY = "_ada2i_cases"           # where pytest's config holds `Run`s that began before its tests did, by their options
-CORES = min(16, os.cpu_count() or 1)
 SCRIPT = Path(__file__).with_name("triton_cases.py")
+QUICK, SLOW = (SCRIPT, "--cases", "quick"), (SCRIPT, "--cases", "slow")
+LAYER = (Path(__file__).parents[1] / "ops" / "test_afw_layer.py",)
+EARLY = "_ada2i_cases"           # where pytest's config holds `Run`s that began before its tests did, by their commands
+CORES = min(16, os.cpu_count() or 1)
 NICE = ["nice"] if shutil.which("nice") else []      # behind the other tests, which take longer in their one process
 
 
@@ -26,12 +27,22 @@ def keys(table: str) -> list[str]:
     raise KeyError(table)
 
 
-class Run:
-    """The cases, shared by processes of one thread each."""
+def claim(path: Path) -> bool:
+    """Whether no process has claimed this before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
-    def __init__(self, *options: str, processes: int = CORES) -> None:
+
+class Run:
+    """A script's cases, shared by processes of one thread each: it `claim`s in the folder --claims, and prints a line of JSON for each."""
+
+    def __init__(self, *command: str | Path, processes: int = CORES) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._options, self._processes = options, []
+        self._command, self._processes = command, []
         self.fill(processes)
 
     def fill(self, processes: int = CORES) -> None:
@@ -39,7 +50,7 @@ class Run:
         folder = Path(self._folder.name)
         for i in range(len(self._processes), processes):
             with open(folder / f"out.{i}", "w") as out, open(folder / f"err.{i}", "w") as err:
-                self._processes.append(subprocess.Popen([*NICE, sys.executable, SCRIPT, *self._options, "--claims", folder / "claims"], stdout=out, stderr=err))
+                self._processes.append(subprocess.Popen([*NICE, sys.executable, *self._command, "--claims", folder / "claims"], stdout=out, stderr=err))
 
     def results(self) -> dict[str, list]:
         """The cases' checks."""
@@ -56,8 +67,9 @@ class Run:
         self._folder.cleanup()
 
 
-def results(*options: str, begun: Run | None = None) -> dict[str, list]:
-    run = begun or Run(*options)
+def results(*command: str | Path, config: object = None) -> dict[str, list]:
+    """config: pytest's, which may hold the run."""
+    run = getattr(config, EARLY, {}).get(command) or Run(*command)
     try:
         run.fill()
         return run.results()

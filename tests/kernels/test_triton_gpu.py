@@ -12,7 +12,7 @@ from ada2i_fast import backends
 from ada2i_fast.modules.encoder import TransformerEncoder
 from ada2i_fast.ops import dialogue_attention, keep_mask
 from ada2i_fast.ops.dropout import dropout_residual_norm, relu_dropout
-from runs import beyond, results
+from runs import SCRIPT, beyond, results
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu]
@@ -51,7 +51,7 @@ def check(op, tensors, grad, *settings):
 
 def test_every_case_of_the_interpreter():
     """Kernels compiled, inside buffers full of NaN."""
-    found = results("--device", "cuda", "--cases", "all")
+    found = results(SCRIPT, "--device", "cuda", "--cases", "all")
     assert len(found) > 100
     wrong = [f"{case}: {check}" for case, checks in found.items() for check in beyond(checks)]
     assert not wrong, "\n".join(wrong)

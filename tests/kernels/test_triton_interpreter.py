@@ -13,7 +13,7 @@ if reason := interpreter.why_not():
     pytest.skip(reason, allow_module_level=True)
 
 import encoder_cases  # noqa: E402
-from runs import EARLY, QUICK, SLOW, beyond, keys, results  # noqa: E402
+from runs import QUICK, SLOW, beyond, keys, results  # noqa: E402
 
 CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-scores", "offsets", *keys("RING"), *keys("MAPPING"),
          *keys("LIBRARY_RING"), *keys("LIBRARY_MAPPING"),
@@ -21,13 +21,9 @@ CASES = ["dropout", "reduce", "locate", "empty", "reasons", "strides", "large-sc
          *encoder_cases.ATTENTION]
 
 
-def interpreted(request, options: tuple[str, ...]) -> dict[str, list]:
-    return results(*options, begun=getattr(request.config, EARLY, {}).get(options))
-
-
 @pytest.fixture(scope="module")
 def quick(request) -> dict[str, list]:
-    return interpreted(request, QUICK)
+    return results(*QUICK, config=request.config)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,6 +38,6 @@ def test_every_case_is_named(quick):
 @pytest.mark.slow
 def test_interpreted_slow(request):
     """Every rank, a dialogue of a thousand utterances, many dialogues."""
-    found = interpreted(request, SLOW)
+    found = results(*SLOW, config=request.config)
     assert found and not set(found) & set(CASES)
     assert not {case: beyond(checks) for case, checks in found.items() if beyond(checks)}

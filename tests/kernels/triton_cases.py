@@ -34,6 +34,7 @@ import triton.language as tl
 
 import encoder_cases
 import interpreter
+from runs import claim
 
 PAD = 64
 EPS = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
@@ -933,16 +934,6 @@ def use_kernels(folder: Path) -> None:
                                                   submodule_search_locations=[str(folder)])
     sys.modules["ada2i_fast.kernels"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-
-
-def claim(path: Path) -> bool:
-    """Whether no process has claimed this before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """afw_layer, tensor_ring and attention_mapping as one node: against float64, the two ops, and what an op of torch has to obey.
 
-On the CPU's library; the CUDA kernels on the shim; Triton's in its interpreter, which has a process of its own: as a script with
-TRITON_INTERPRET=1 this is that process. tests/ops/test_cuda.py has both on a GPU.
+On the CPU's library; the CUDA kernels on the shim; Triton's in its interpreter, which has processes of its own: as a script this is
+one of them. tests/ops/test_cuda.py has both on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"                        # read when triton is imported
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ from ada2i_fast.reference.attention_mapping import AttentionMapping  # noqa: E40
 from ada2i_fast.reference.tensor_ring import TensorRing  # noqa: E402
 from afw_cases import (PARAMETERS, Case, assert_close, assert_same_bits_with_threads, by_way_of, cases, guarded, inputs,  # noqa: E402
                        leaves, named, offsets, poisoned)
-from runs import NICE  # noqa: E402
+from runs import LAYER, claim, results as results_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 profile = settings.get_profile("ops")
@@ -717,47 +720,27 @@ def test_cuda_layer_refusals(cuda_kernels):
     call(SMALL, drawn, "cuda")
 
 
-class InterpretedLayer:
-    """`main` below, in two processes, which conftest.py begins before all tests: on the cores that those, of one thread mostly, leave."""
-
-    def __init__(self) -> None:
-        self.errors = [tempfile.TemporaryFile("w+") for _ in range(2)]
-        self.halves = [subprocess.Popen([*NICE, sys.executable, __file__, str(i)], env={**os.environ, "TRITON_INTERPRET": "1"}, stderr=error)
-                       for i, error in enumerate(self.errors)]
-
-    def wait(self) -> str | None:
-        """What went wrong."""
-        if not any([half.wait() for half in self.halves]):
-            return None
-        for error in self.errors:
-            error.seek(0)
-        return "\n".join(error.read()[-4000:] for error in self.errors)
-
-    def stop(self) -> None:
-        for half, error in zip(self.halves, self.errors):
-            half.kill()
-            half.wait()
-            error.close()
-
-
-def test_triton_layer_is_the_two_ops(interpreted_layer):
+def test_triton_layer_is_the_two_ops(request):
     pytest.importorskip("triton")
     import interpreter
 
     if reason := interpreter.why_not():
         pytest.skip(reason)
-    assert interpreted_layer.wait() is None
+    assert len(results_of(*LAYER, config=request.config)) == 3 * len(DEVICE_CASES)
 
 
-def main(first: int) -> None:
+def main(claims: Path) -> None:
+    """The cases that no other process has claimed."""
     import interpreter
     from ada2i_fast.kernels import common
 
     interpreter.hurry(overflow=False)
     torch.set_num_threads(1)
     rows = common.LIBRARY_ROWS
-    for case, dtype, library in [(case, dtype, library) for dtype, library in ((torch.float32, False), (torch.bfloat16, False),
-                                                                               (torch.float32, True)) for case in DEVICE_CASES][first::2]:
+    for number, (case, dtype, library) in enumerate((case, dtype, library) for dtype, library in (
+            (torch.float32, False), (torch.bfloat16, False), (torch.float32, True)) for case in DEVICE_CASES):
+        if not claim(claims / str(number)):
+            continue
         common.LIBRARY_ROWS = dict.fromkeys(rows, 1) if library else rows       # what many rows take: the loss hands over other things
         drawn = inputs(case, dtype)
         assert_is_the_two_ops(case, drawn, "triton")
@@ -765,7 +748,10 @@ def main(first: int) -> None:
             exact = run(case, decided(case, dtype), "torch", torch.float64)
             mixed = float32_parameters(decided(case, dtype))
             assert_close(run(case, mixed, "triton"), run(case, decided(case, dtype), "torch"), exact, dtype)
+        print(json.dumps({"case": number, "checks": []}), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--claims", type=Path, required=True)
+    main(parser.parse_args().claims)
